@@ -4,15 +4,17 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
-config.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
+config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
+readme = here / "README.md"
 
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=Path("README.md").read_text(encoding="utf-8") if Path("README.md").exists() else "",
+    long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
     long_description_content_type="text/markdown",
     author=cfg["author"],
     license="Apache-2.0",

@@ -49,7 +49,7 @@ LAMBDA_1 = 1.
 LAMBDA_2 = {"cifar10": 2., "cifar100": 5., "tiny-imagenet": 20., "fashion-mnist": 2.}
 
 # %% ../nbs/31_losses.ipynb #c13a329a
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LossTerms:
     "Eq. 9 and its three parts, as scalars; `a + b` adds term by term (Eq. 12)."
     total: Tensor # Eq. 9
@@ -57,6 +57,7 @@ class LossTerms:
     open_softmax: Tensor # Eq. 14
     closed: Tensor # Eq. 15
 
+    def __repr__(self): return f"LossTerms({', '.join(f'{f.name}={getattr(self, f.name):.4f}' for f in fields(self))})"
     def __add__(self, other): return LossTerms(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
     def stack(self) -> Tensor: # [4], detached
         "The terms as one tensor, in the order of the fields."

@@ -1,0 +1,181 @@
+"""`make test`: everything that has to hold, stage by stage. A failed stage does not stop the next ones; the last line counts.
+
+Run some of them with `make test ARGS="export clean"`.
+"""
+import ast
+import difflib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+EXPERIMENTS = sorted((ROOT / "nbs" / "experiments").glob("[!_]*.ipynb"))
+NOTEBOOKS = [p for p in sorted((ROOT / "nbs").rglob("[!_]*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
+
+
+class Skipped(Exception):
+    "A stage that cannot run here, and why."
+
+
+def run(*command, cwd=ROOT, **env):
+    "Run a program of this environment, show what it prints as it comes, and return its exit status and text."
+    process = subprocess.Popen([BIN / command[0], *command[1:]], cwd=cwd, env={**os.environ, **env}, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+    lines = []
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        lines.append(line)
+    return process.wait(), "".join(lines)
+
+
+@contextmanager
+def copy_of_sources():
+    "The notebooks and their settings in a folder of their own, so that a check changes nothing here."
+    with tempfile.TemporaryDirectory(prefix="ucdm-") as folder:
+        copy = Path(folder)
+        shutil.copy(ROOT / "settings.ini", copy)
+        shutil.copytree(ROOT / "nbs", copy / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+        yield copy
+
+
+def modules(folder):
+    return {p.relative_to(folder).as_posix(): p.read_text(encoding="utf-8") for p in sorted(folder.rglob("*.py"))}
+
+
+def code_cells(notebook):
+    "The code cells of a notebook as (source, tags)."
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        source = cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            yield source, cell["metadata"].get("tags", [])
+
+
+def parameter_problems(notebook):
+    "What papermill would misread in the parameters of an experiment: it knows them by a tag and parses them line by line."
+    cells = [source for source, tags in code_cells(notebook) if "parameters" in tags]
+    if len(cells) != 1:
+        return [f"{len(cells)} cells tagged `parameters` instead of one"]
+    problems = []
+    for line in cells[0].splitlines():
+        if not line.strip() or line.startswith("#"):
+            continue
+        match = re.fullmatch(r"([a-z_]\w*) = (.+?)  # ([^=]+)", line)
+        try:
+            json.dumps(value := ast.literal_eval(match[2]))
+            fine = not isinstance(value, tuple)
+        except (TypeError, ValueError, SyntaxError):
+            fine = False
+        if not fine:
+            problems.append(f"parameter line is not `name = JSON literal  # help without an equals sign`: {line}")
+    return problems
+
+
+def import_problems(notebook):
+    "Cells that mix imports with other code: nbdev_docs runs every cell that imports, but not the ones before it."
+    problems = []
+    for source, _ in code_cells(notebook):
+        if re.search(r"^#\|\s*exports?\b|nbdev_export\(\)|^\s*[%!]", source, re.M):
+            continue
+        nodes = ast.parse(source).body
+        imports = [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
+        if imports and len(imports) < len(nodes):
+            problems.append(f"a cell mixes imports and other code; give this a cell of its own: {ast.unparse(imports[0])}")
+    return problems
+
+
+def export():
+    "Exported modules and README are what the notebooks say."
+    with copy_of_sources() as copy:
+        status, _ = run("nbdev_export", cwd=copy)
+        fresh, here = modules(copy / "ucdm"), modules(ROOT / "ucdm")
+    for name in sorted(fresh.keys() | here.keys()):
+        diff = list(difflib.unified_diff(here.get(name, "").splitlines(), fresh.get(name, "").splitlines(),
+                                         f"ucdm/{name} here", f"ucdm/{name} exported", lineterm="", n=1))
+        if diff:
+            print("\n".join(diff[:40]), "\nrun nbdev_export", sep="")
+            status = 1
+    readme, _ = run("ucdm-docs", "readme", "--check")
+    return status == readme == 0, f"{len(fresh)} modules, README"
+
+
+def clean():
+    "Notebooks hold no execution counts or stray metadata; parameters and imports are where tools expect them."
+    with copy_of_sources() as copy:
+        status, _ = run("nbdev_clean", cwd=copy)
+        dirty = [p for p in NOTEBOOKS if (copy / p.relative_to(ROOT)).read_bytes() != p.read_bytes()]
+    problems = [f"{p.relative_to(ROOT)}: not clean: run nbdev_clean" for p in dirty]
+    problems += [f"{p.relative_to(ROOT)}: {problem}" for p in EXPERIMENTS for problem in parameter_problems(p)]
+    problems += [f"{p.relative_to(ROOT)}: {problem}" for p in NOTEBOOKS if p not in EXPERIMENTS for problem in import_problems(p)]
+    print(*problems, sep="\n", end="\n" if problems else "")
+    return status == 0 and not problems, f"{len(NOTEBOOKS)} notebooks"
+
+
+def notebooks():
+    "Every notebook of the library runs from top to bottom."
+    status, text = run("nbdev_test", "--n_workers", "2", "--timing", "--do_print", OMP_NUM_THREADS="1")
+    failed = re.findall(r"^\t(\S+\.ipynb)$", text, re.M)
+    total = len(NOTEBOOKS) - len(EXPERIMENTS)
+    return status == 0, f"{total - len(failed)} of {total} notebooks ran" + "".join(f", not {name}" for name in failed)
+
+
+def tests():
+    "Processes from outside: kill and resume, command line, bad input."
+    status, text = run("python", "-m", "pytest", "tests", "--durations=5")
+    return status == 0, ", ".join(re.findall(r"\d+ (?:passed|failed|errors?|skipped)", text.splitlines()[-1] if text else "")) + " in pytest"
+
+
+def experiments():
+    "The whole batch, small."
+    status, _ = run("ucdm-reproduce", "--profile", "smoke", "--fresh")
+    return status == 0, f"{len(EXPERIMENTS)} experiments"
+
+
+def docs():
+    "The site builds, and no link in it is broken."
+    status, text = run("ucdm-docs", "build")
+    if status == 3:
+        raise Skipped(text.strip().splitlines()[-1])
+    found = re.search(r"\d+ pages, \d+ links", text)
+    return status == 0, found[0] if found else "no site"
+
+
+STAGES = [export, clean, notebooks, tests, experiments, docs]
+
+
+def main():
+    names = sys.argv[1:] or [stage.__name__ for stage in STAGES]
+    unknown = set(names) - {stage.__name__ for stage in STAGES}
+    if unknown:
+        sys.exit(f"no such stage: {', '.join(sorted(unknown))}; there are {', '.join(s.__name__ for s in STAGES)}")
+    rows = []
+    for stage in (s for s in STAGES if s.__name__ in names):
+        print(f"\n==> {stage.__name__}: {stage.__doc__}", flush=True)
+        start = time.time()
+        try:
+            passed, detail = stage()
+            result = "passed" if passed else "failed"
+        except Skipped as reason:
+            result, detail = "skipped", str(reason)
+        except Exception as error:  # a stage that cannot even start has failed; the others still run
+            result, detail = "failed", f"{type(error).__name__}: {error}"
+        rows.append((stage.__name__, result, time.time() - start, detail))
+        print(f"<== {stage.__name__} {result} after {rows[-1][2]:.0f} s ({detail})", flush=True)
+    print()
+    for name, result, seconds, detail in rows:
+        print(f"{name:12} {result:8} {seconds:6.0f} s   {detail}")
+    count = {kind: sum(row[1] == kind for row in rows) for kind in ("passed", "failed", "skipped")}
+    skipped = f", {count['skipped']} skipped" if count["skipped"] else ""
+    print(f"stages: {count['passed']} passed, {count['failed']} failed{skipped}")
+    sys.exit(bool(count["failed"]))
+
+
+if __name__ == "__main__":
+    main()
