@@ -32,7 +32,7 @@ from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.utils import make_grid
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 # %% ../nbs/10_data.ipynb #c6c5190c
 @dataclass
@@ -196,7 +196,7 @@ def decode(source: bytes | Path, # an encoded image, or its file
 
 def decode_images(sources: list[bytes | Path], names: list[str], # for messages
                   size: int = 32) -> Tensor: # uint8 [N, 3, size, size]
-    "Decode in threads, with a progress bar if it takes longer than 3 seconds. ValueError names what is not an image."
+    "Decode in threads, with a progress bar (of text: a widget would leave its state in every notebook) once it takes longer than 3 seconds. ValueError names what is not an image."
     out, bad = np.empty((len(sources), 3, size, size), np.uint8), []
     def fill(i):
         try: out[i] = decode(sources[i], size)

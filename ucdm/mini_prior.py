@@ -326,7 +326,7 @@ def loss_figure(record: dict) -> plt.Figure: # record: content of training.json
     a.semilogy([50 * (i + 1) for i in range(len(record["vae_curve"]))], record["vae_curve"], color="#0072B2"); a.set(title="autoencoder", xlabel="step", ylabel="loss")
     steps, training, validation = zip(*record["unet_curve"])
     for y, label, c in ((training, "training", "#0072B2"), (validation, "validation", "#D55E00")): b.plot(steps, y, label=label, color=c)
-    b.set(title="UNet and text encoder", xlabel="step", ylabel=r"$\|\epsilon-\epsilon_\theta\|^2$", ylim=(0, 1.3 * sorted(training)[-2])); b.legend(frameon=False)
+    b.set(title="UNet and text encoder", xlabel="step", ylabel=r"$\|\epsilon-\epsilon_\theta\|^2$", ylim=(0, 2 * validation[0])); b.legend(frameon=False)
     fig.tight_layout()
     return fig
 
