@@ -43,7 +43,7 @@ class Judge:
 
 def train_judge(train: ImageSet, # labelled images: the prior's own training images
                 test: ImageSet, # labelled images for its accuracy
-                epochs: int = 4, batch_size: int = 128, lr: float = 5e-3, depth: int = 16, seed: int = 0, progress: bool = True) -> Judge:
+                epochs: int = 3, batch_size: int = 128, lr: float = 5e-3, depth: int = 10, seed: int = 0, progress: bool = True) -> Judge:
     "A supervised classifier of all classes, one-cycle Adam, random horizontal flips."
     torch.manual_seed(seed)
     device = default_device()
