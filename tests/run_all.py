@@ -78,6 +78,12 @@ def parameter_problems(notebook):
     return problems
 
 
+def metadata_problems(notebook):
+    "What keeps `papermill NOTEBOOK OUT` from starting (no kernel named), or bloats the file (widget states)."
+    keys = set(json.loads(notebook.read_text())["metadata"])
+    return [] if keys == {"kernelspec"} else [f"the metadata must be a kernelspec and nothing else, found {', '.join(sorted(keys)) or 'nothing'}"]
+
+
 def import_problems(notebook):
     "Cells that mix imports with other code: nbdev_docs runs every cell that imports, but not the ones before it."
     problems = []
@@ -112,6 +118,7 @@ def clean():
         status, _ = run("nbdev_clean", cwd=copy)
         dirty = [p for p in NOTEBOOKS if (copy / p.relative_to(ROOT)).read_bytes() != p.read_bytes()]
     problems = [f"{p.relative_to(ROOT)}: not clean: run nbdev_clean" for p in dirty]
+    problems += [f"{p.relative_to(ROOT)}: {problem}" for p in NOTEBOOKS for problem in metadata_problems(p)]
     problems += [f"{p.relative_to(ROOT)}: {problem}" for p in EXPERIMENTS for problem in parameter_problems(p)]
     problems += [f"{p.relative_to(ROOT)}: {problem}" for p in NOTEBOOKS if p not in EXPERIMENTS for problem in import_problems(p)]
     print(*problems, sep="\n", end="\n" if problems else "")

@@ -13,11 +13,12 @@ from pathlib import Path
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .data import ImageSet
+from .files import write_atomic
 from .prior import default_device
 from .store import PairSet
 from .wideresnet import WideResNet, normalise
@@ -36,9 +37,8 @@ class Judge:
 
     def save(self, folder: Path) -> None:
         "Weights in half precision, and a JSON record of classes and training."
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in self.model.state_dict().items()}, folder / "judge.safetensors")
-        (folder / "judge.json").write_text(json.dumps(dict(classes=self.classes, **self.record), indent=1))
+        write_atomic(folder / "judge.safetensors", save({k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in self.model.state_dict().items()}))
+        write_atomic(folder / "judge.json", json.dumps(dict(classes=self.classes, **self.record), indent=1))
 
 
 def train_judge(train: ImageSet, # labelled images: the prior's own training images

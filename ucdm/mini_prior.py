@@ -9,7 +9,7 @@ __all__ = ['ADJECTIVES', 'SD_SCHEDULE', 'app', 'MiniPriorConfig', 'training_imag
            'save_prior', 'loss_figure', 'write_card']
 
 # %% ../nbs/23_mini_prior.ipynb #48a88cab
-import json, math, os, time
+import io, json, math, os, time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .data import ImageSet, embedded_indices, fashion_mnist_source, to_float
+from .files import write_atomic
 from .prior import compiled, default_device, load_prior, sample_images
 
 # %% ../nbs/23_mini_prior.ipynb #72fe858a
@@ -137,9 +138,9 @@ def step_generator(seed: int, purpose: str, step: int) -> torch.Generator:
 
 def save_checkpoint(state: dict, path: Path) -> None:
     "Write `state` so that at any moment either the old or the new checkpoint is whole."
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
+    held = io.BytesIO()
+    torch.save(state, held)
+    write_atomic(path, held.getvalue())
 
 
 def load_checkpoint(path: Path, config: MiniPriorConfig) -> dict | None:

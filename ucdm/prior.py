@@ -123,8 +123,12 @@ def load_prior(name_or_path: str = "fashion-mnist", # a packaged prior, a folder
         packaged = sorted(p.name for p in PACKAGED.iterdir() if p.is_dir()) if PACKAGED.is_dir() else []
         raise FileNotFoundError(f"no prior {str(name_or_path)!r}: it is not a packaged prior ({', '.join(packaged)}), not a folder, and not a hub id like 'stabilityai/stable-diffusion-2-base'.")
     device = device or default_device()
-    pipe = StableDiffusionPipeline.from_pretrained(folder if folder.is_dir() else name_or_path, revision=revision, use_safetensors=True,
-                                                   dtype={"unet": dtype or default_dtype(device), "default": torch.float32}, safety_checker=None, requires_safety_checker=False)
+    where = folder if folder.is_dir() else name_or_path
+    try: pipe = StableDiffusionPipeline.from_pretrained(where, revision=revision, use_safetensors=True, dtype={"unet": dtype or default_dtype(device), "default": torch.float32},
+                                                        safety_checker=None, requires_safety_checker=False)
+    except Exception as e:
+        remedy = "copy or download it again" if folder.is_dir() else "see that the id and revision are right and that the hub can be reached, or give a folder"
+        raise ValueError(f"{where} cannot be read as a pipeline; {remedy} ({type(e).__name__}: {e}).") from e
     return Prior(pipe, str(name_or_path), device)
 
 
@@ -132,7 +136,8 @@ def _check_pipeline_folder(folder: Path) -> None:
     index = folder / "model_index.json"
     if not index.is_file():
         raise ValueError(f"{folder} is not a diffusers pipeline: it has no model_index.json. Give the folder that `pipe.save_pretrained` wrote.")
-    kind = json.loads(index.read_text())["_class_name"]
+    try: kind = json.loads(index.read_text())["_class_name"]
+    except (ValueError, KeyError, TypeError): raise ValueError(f"{index} is damaged; copy or download the folder again.") from None
     if kind != "StableDiffusionPipeline":
         raise ValueError(f"{folder} holds a {kind}; UCDM needs a text-to-image StableDiffusionPipeline.")
     missing = [part for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler") if not (folder / part).is_dir()]

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PAPER_TABLES', 'SOURCE', 'ROUNDING', 'SLIPS', 'METHOD_LABELS', 'METHOD_COLOURS', 'GROUP_COLOURS', 'DATASET_LABELS',
            'METRIC_LABELS', 'paper_value', 'recomputed_balance', 'style', 'save_figure', 'save_data', 'results_frame',
-           'spread', 'Comparison', 'measured_vs_paper', 'Check', 'verdict', 'Conclusion', 'conclude']
+           'spread', 'Comparison', 'measured_vs_paper', 'settings_note', 'Check', 'verdict', 'Conclusion', 'conclude']
 
 # %% ../nbs/81_report.ipynb #3be4a7b6
-import base64, io, json, math, os, re, shutil, statistics
+import base64, io, json, math, re, statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import matplotlib as mpl
@@ -18,8 +18,9 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
+from .files import write_atomic
 from .metrics import balance_score
-from .runs import RunResult, RunSpec, atomic_json, code_hash, mark_done
+from .runs import RunResult, RunSpec, atomic_json, code_hash, get_method, mark_done, method_config, pair_config
 
 # %% ../nbs/81_report.ipynb #2a9f7664
 _TABLE_1 = """
@@ -238,18 +239,16 @@ def save_figure(fig, # a matplotlib figure
                 out: str | Path, # folder of the batch
                ) -> str: # "figures/<name>.png", relative to `out`
     "Save as SVG and PNG under `out`/figures."
-    folder = Path(out) / "figures"
-    folder.mkdir(parents=True, exist_ok=True)
-    fig.savefig(folder / f"{name}.svg", metadata={"Date": None})
-    fig.savefig(folder / f"{name}.png", metadata={"Software": None})
+    for kind, metadata in dict(svg={"Date": None}, png={"Software": None}).items():
+        drawn = io.BytesIO()
+        fig.savefig(drawn, format=kind, metadata=metadata)
+        write_atomic(Path(out) / "figures" / f"{name}.{kind}", drawn.getvalue())
     return f"figures/{name}.png"
 
 
 def save_data(frame: pd.DataFrame, name: str, out: str | Path) -> str: # "tables/<name>.csv", relative to `out`
     "Save a frame as CSV under `out`/tables."
-    folder = Path(out) / "tables"
-    folder.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(folder / f"{name}.csv", index=False)
+    write_atomic(Path(out) / "tables" / f"{name}.csv", frame.to_csv(index=False))
     return f"tables/{name}.csv"
 
 # %% ../nbs/81_report.ipynb #1733dcd1
@@ -316,11 +315,8 @@ class Comparison:
 
     def save(self, name: str, out: str | Path) -> list[str]: # paths relative to `out`
         "Write `out`/tables/name.csv (tidy, all digits), .md and .tex."
-        folder = Path(out) / "tables"
-        folder.mkdir(parents=True, exist_ok=True)
-        self.frame.to_csv(folder / f"{name}.csv", index=False)
-        (folder / f"{name}.md").write_text(self.to_markdown())
-        (folder / f"{name}.tex").write_text(self.to_latex())
+        for suffix, text in dict(csv=self.frame.to_csv(index=False), md=self.to_markdown(), tex=self.to_latex()).items():
+            write_atomic(Path(out) / "tables" / f"{name}.{suffix}", text)
         return [f"tables/{name}.{suffix}" for suffix in ("csv", "md", "tex")]
 
 
@@ -378,6 +374,23 @@ def measured_vs_paper(results: Iterable[RunResult], # what was measured
     runs = f"{counts[0]} run" + ("s" if counts[0] > 1 else "") if len(counts) == 1 else f"{counts[0]} to {counts[-1]} runs" if counts else "no finished run"
     return Comparison(frame, f"In percent. Measured: mean ± sample standard deviation of {runs}. Paper: means of three runs, bold and underlined as printed.")
 
+# %% ../nbs/81_report.ipynb #b339bfb2
+def settings_note(results: Iterable[RunResult]) -> "Markdown":
+    "How the measured runs differ from the paper's settings (Tables 16 and 17): a paragraph a method."
+    from IPython.display import Markdown
+    results, paragraphs = list(results), []
+    for method in dict.fromkeys(r.spec.method for r in results):
+        mine = [r for r in results if r.spec.method == method]
+        spec = mine[0].spec
+        plain = replace(spec, pairs={}, train={}, differences={})
+        configs = [(method_config(spec), method_config(plain))] + ([(pair_config(spec), pair_config(plain))] if get_method(method).uses_pairs else [])
+        changed = [f"`{f.name}` {getattr(now, f.name)} (paper: {getattr(then, f.name)})" for now, then in configs if now is not None for f in fields(now) if getattr(now, f.name) != getattr(then, f.name)]
+        sizes = sorted({r.seeds["n"] for r in mine})
+        counts = f"{sizes[0]:,}" + (f" to {sizes[-1]:,}" if len(sizes) > 1 else "")
+        generator = f", pairs by the generator `{spec.prior}` (paper: Stable Diffusion 2)" if get_method(method).uses_pairs else ""
+        paragraphs.append(f"**{METHOD_LABELS.get(method, method)} here:** {counts} seed images{generator}. " + (f"Other settings: {', '.join(changed)}." if changed else "All other settings are the paper's."))
+    return Markdown("\n\n".join(paragraphs))
+
 # %% ../nbs/81_report.ipynb #c8d7c5f9
 @dataclass(frozen=True)
 class Check:
@@ -385,6 +398,9 @@ class Check:
     claim: str          # in words, with the rule in it
     holds: bool | None  # None: not tested here
     evidence: str       # a sentence with the numbers in it
+
+    def __post_init__(self):
+        if self.holds is not None: object.__setattr__(self, "holds", bool(self.holds)) # numpy's and torch's truth values too
 
 
 def verdict(checks: Sequence[Check]) -> str: # "holds", "partly", "does not hold", "not tested"
@@ -431,9 +447,7 @@ def conclude(name: str, # of the notebook
         source = out / "cache" / "runs" / f"{r.hash}.json"
         target = out / "results" / "runs" / source.name
         if source.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target.with_name(source.name + ".partial"))
-            os.replace(target.with_name(source.name + ".partial"), target)
+            write_atomic(target, source.read_bytes())
     atomic_json(out / "results" / f"{name}.json", dict(name=name, item=item, claim=claim, verdict=verdict(checks), checks=[asdict(c) for c in checks], numbers=dict(numbers), figures=list(figures), tables=list(tables),
                                                        runs=[r.hash for r in unique], run_seconds=round(sum(sum(r.provenance["seconds"].values()) for r in unique), 1), stale=stale))
     mark_done(out, name)

@@ -22,6 +22,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from .differences import Differences
+from .files import write_atomic
 
 # %% ../nbs/80_runs.ipynb #8b817b82
 def nearest(name: str, # the name that does not exist
@@ -291,19 +292,9 @@ def _jsonable(x):
 
 def atomic_json(path: str | Path, content: dict, checksum: bool = False) -> None:
     "Write JSON, all or nothing. OSError says what could not be written, and that nothing is lost."
-    path, content = Path(path), _jsonable(content)
+    content = _jsonable(content)
     if checksum: content = content | {"checksum": hashlib.sha256(canonical(content).encode()).hexdigest()}
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "w") as f:
-            json.dump(content, f, indent=1)
-            f.flush(); os.fsync(f.fileno())
-        os.replace(partial, path)
-    except OSError as e:
-        try: partial.unlink(missing_ok=True)
-        except OSError: pass
-        raise OSError(e.errno, f"could not write {path}: {e.strerror or e}. Make room and start again: everything written so far is kept") from e
+    write_atomic(path, json.dumps(content, indent=1))
 
 
 def mark_done(out: str | Path, # folder of the batch

@@ -13,7 +13,6 @@ __all__ = ['PRECISIONS', 'BN_STATISTICS', 'SETS', 'CHECK_EVERY', 'MAY_CHANGE', '
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -27,6 +26,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .files import write_atomic
 from .labeling import assign, known_driven, other_driven
 from .losses import LossTerms, pair_loss, total_loss
 from .wideresnet import BATCH_NORM, WideResNet, batch_norm_mode, freeze_batch_norm, fresh_averages, normalise
@@ -372,21 +372,7 @@ def write_tensors(path: str|Path, # file to write
 
     Raises `OSError` naming the file and the remedy when it cannot be written; a file that was there before is then unchanged.
     """
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    blob = safetensors.torch.save({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, {"json": json.dumps(meta)})
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as f:
-            f.write(blob)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, path)
-    except OSError as e:
-        try: partial.unlink(missing_ok=True)
-        except OSError: pass
-        was = "; the file that was there before is unchanged" if path.is_file() else ""
-        raise OSError(e.errno, f"could not write {path} ({len(blob) / 1e6:.0f} MB): {e.strerror or e}{was}. Make room or choose another folder, and run again") from e
+    write_atomic(path, safetensors.torch.save({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, {"json": json.dumps(meta)}))
 
 def read_tensors(path: str|Path, # file written by `write_tensors`
                 ) -> tuple[dict[str, Tensor], dict]: # tensors and metadata

@@ -1,0 +1,205 @@
+"""The batch from outside: the command line on folders of tiny notebooks, with failures, kills and wrong parameters."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+import yaml
+
+COMMAND = [sys.executable, "-m", "ucdm.reproduce"]
+
+
+def notebook(parameters="size = 3  # how many", body="", title="A tiny experiment"):
+    "An experiment notebook that checks its parameters, runs `body`, and leaves its mark."
+    cells = [nbformat.v4.new_markdown_cell(f"# {title}\n\n> It runs."),
+             nbformat.v4.new_code_cell("from ucdm.reproduce import check_parameters\nfrom ucdm.runs import atomic_json, mark_done"),
+             nbformat.v4.new_code_cell(parameters + '\nout = "."  # where results go', metadata={"tags": ["parameters"]}),
+             nbformat.v4.new_code_cell("check_parameters()"),
+             nbformat.v4.new_code_cell(body or parameters.split()[0]),
+             nbformat.v4.new_code_cell('atomic_json(f"{out}/results/{NAME}.json", dict(verdict="holds"))\nmark_done(out, NAME)')]
+    return nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}})
+
+
+@pytest.fixture
+def project(tmp_path):
+    "A folder of notebooks with a profile; call it with name=notebook to fill it."
+    home = tmp_path / "nbs" / "experiments"
+    (home / "profiles").mkdir(parents=True)
+
+    def fill(profile=None, **notebooks):
+        for name, nb in notebooks.items():
+            nb.cells[-1].source = nb.cells[-1].source.replace("NAME", repr(name))
+            nbformat.write(nb, home / f"{name}.ipynb")
+        (home / "profiles" / "quick.yml").write_text(yaml.safe_dump(profile or {}))
+        return tmp_path
+    return fill
+
+
+def arguments(folder, *more):
+    return [*COMMAND, "--notebooks", str(folder / "nbs" / "experiments"), "--out", str(folder / "out"), *more]
+
+
+def batch(folder, *more):
+    done = subprocess.run(arguments(folder, *more), capture_output=True, text=True, timeout=240)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_all_run_and_are_kept(project):
+    "Every notebook runs once; the second call finds them done; a changed parameter runs only what it concerns."
+    folder = project(table_01=notebook(), figure_02=notebook("width = 1.5  # of the figure"))
+    status, said, _ = batch(folder)
+    assert status == 0 and "2 of 2 notebooks done (0 from before)" in said
+    assert (folder / "out" / "index.html").exists() and (folder / "out" / "notebooks" / "table_01.ipynb").exists()
+    status, said, _ = batch(folder)
+    assert status == 0 and said.count("already done") == 2
+    project(dict(notebooks=dict(table_01=dict(parameters=dict(size=4)))))
+    status, said, _ = batch(folder)
+    assert status == 0 and said.count("already done") == 1 and "table_01  done" in said
+    executed = nbformat.read(folder / "out" / "notebooks" / "table_01.ipynb", 4)
+    assert "4" in [o.data["text/plain"] for c in executed.cells if c.cell_type == "code" for o in c.outputs if "data" in o]
+
+
+def test_one_fails(project):
+    "The failing notebook is named with its error, the others run, the exit status tells."
+    folder = project(table_01=notebook(body="1 / 0"), table_02=notebook())
+    status, said, _ = batch(folder)
+    assert status == 1
+    assert "table_01: failed: ZeroDivisionError: division by zero" in said and "table_02  done" in said
+    assert "The same command goes on where this one stopped" in said
+    page = (folder / "out" / "index.html").read_text()
+    assert "ZeroDivisionError" in page
+    project(table_01=notebook(body="0 / 1"))
+    status, said, _ = batch(folder)
+    assert status == 0 and "table_02  already done" in said
+
+
+@pytest.mark.parametrize("profile, complaint", [
+    (dict(notebooks=dict(table_01=dict(parameters=dict(siez=4)))), "table_01: unknown parameter 'siez': did you mean 'size'"),
+    (dict(notebooks=dict(table_01=dict(parameters=dict(size="four")))), "table_01: size='four' must be a whole number"),
+    (dict(all=dict(siez=4)), "unknown parameter 'siez'"),
+    (dict(notebooks=dict(tabel_01=dict())), "unknown notebook 'tabel_01': did you mean 'table_01'"),
+    (dict(notebook=dict()), "unknown key 'notebook': did you mean 'notebooks'"),
+    (dict(notebooks=dict(table_01=dict(size=4))), "unknown key 'size'"),
+])
+def test_profile_that_does_not_fit(project, profile, complaint):
+    "What is wrong in a profile is found before anything runs."
+    folder = project(profile, table_01=notebook())
+    status, said, error = batch(folder)
+    assert status == 2 and complaint in error and "Traceback" not in error
+    assert "started" not in said
+
+
+@pytest.mark.parametrize("more, complaint", [
+    (["--profile", "quik"], "unknown profile 'quik': did you mean 'quick'"),
+    (["--only", "tabel_01"], "unknown notebook 'tabel_01': did you mean 'table_01'"),
+    (["table_01"], "write `--only table_01`"),
+])
+def test_command_line_that_does_not_fit(project, more, complaint):
+    folder = project(table_01=notebook())
+    status, _, error = batch(folder, *more)
+    assert status == 2 and complaint in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("option, complaint", [
+    (["-p", "siez", "4"], "unknown parameter 'siez': did you mean 'size'"),
+    (["-p", "size", "four"], "size='four' must be a whole number"),
+])
+def test_papermill_by_hand(project, option, complaint):
+    "Without the batch, the notebook itself refuses a parameter that papermill would only warn of."
+    folder = project(table_01=notebook())
+    done = subprocess.run([sys.executable, "-m", "papermill", str(folder / "nbs/experiments/table_01.ipynb"), str(folder / "out.ipynb"), "--no-progress-bar", *option],
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and complaint in done.stderr
+
+
+def waiting(folder, mark="begun"):
+    "A notebook that says it has begun and then waits."
+    body = f"import pathlib, os, time\npathlib.Path({str(folder / mark)!r}).write_text(str(os.getpid()))\nif not pathlib.Path({str(folder / 'go')!r}).exists(): time.sleep(600)"
+    return notebook(body=body)
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := condition(): return found
+        time.sleep(0.2)
+    raise AssertionError("it did not happen in time")
+
+
+def alive(pid):
+    "Whether a process runs (a dead one that nobody has asked about yet does not)."
+    try:
+        with open(f"/proc/{pid}/stat") as f: return f.read().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError: return False
+
+
+def begun(folder):
+    mark = folder / "begun"
+    return int(mark.read_text()) if mark.exists() and mark.read_text() else None
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_stopped_and_resumed(project, tmp_path, how):
+    "Killed or interrupted in the second of two notebooks: its kernel goes too, and the same command does just the rest."
+    folder = project(dict(notebooks=dict(a=None, b=None)), a=notebook(), b=waiting(tmp_path))
+    process = subprocess.Popen(arguments(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    kernel = until(lambda: begun(folder))
+    process.send_signal(how)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == (-9 if how == signal.SIGKILL else 130), said
+    until(lambda: not alive(kernel))
+    (folder / "go").touch()
+    status, said, _ = batch(folder)
+    assert status == 0 and "a  already done" in said and "b  done" in said
+
+
+def test_time_limit(project, tmp_path):
+    folder = project(dict(notebooks=dict(b=dict(limit_minutes=0.1))), b=waiting(tmp_path))
+    status, said, _ = batch(folder)
+    assert status == 1 and "b: timed out" in said and "Raise limit_minutes" in said
+
+
+def test_two_batches_at_once(project, tmp_path):
+    folder = project(b=waiting(tmp_path))
+    first = subprocess.Popen(arguments(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        until(lambda: begun(folder))
+        status, _, error = batch(folder)
+        assert status == 1 and "another batch is writing" in error
+    finally:
+        first.send_signal(signal.SIGINT)
+        first.wait(60)
+
+
+def test_notebook_without_a_mark(project):
+    nb = notebook()
+    nb.cells[-1].source = "size"
+    status, said, _ = batch(project(table_01=nb))
+    assert status == 1 and "it must call `conclude`" in said
+
+
+def test_fresh_and_list(project):
+    folder = project(table_01=notebook(), table_02=notebook())
+    batch(folder)
+    status, said, _ = batch(folder, "--list")
+    assert status == 0 and said.count("done  table") == 2 and "size = 3" in said
+    status, said, _ = batch(folder, "--fresh", "--only", "table_02")
+    assert status == 0 and "table_02  done" in said and "table_01" not in said
+
+
+def test_help():
+    done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, timeout=60, env=os.environ | {"COLUMNS": "200"})
+    assert done.returncode == 0 and "--fresh" in done.stdout and "Examples" in done.stdout
+
+
+def test_results_are_json(project):
+    "What the batch leaves for machines can be read by them."
+    folder = project(table_01=notebook())
+    batch(folder)
+    held = json.loads((folder / "out" / "results" / "batch.json").read_text())
+    assert held["jobs"]["table_01"]["status"] == "done"
+    assert {"python", "packages", "device", "commit", "started"} <= held.keys()

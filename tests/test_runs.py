@@ -1,0 +1,229 @@
+"""Pairs and runs when things go wrong: killed, out of disk space, damaged files, wrong names."""
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from ucdm import prior as prior_module
+from ucdm.data import load_dataset
+from ucdm.pairs import PairConfig, generate_pairs
+from ucdm.prior import load_prior
+from ucdm.runs import RunSpec, cache_folder, pair_set, run, run_many, spec_hash
+from ucdm.store import CorruptShard, PairStore
+
+STEPS = dict(steps=2)
+SPEC = RunSpec(n_seeds=12, n_test=10, mismatch=0.5, pairs=STEPS, train=dict(rounds=2, epochs_per_round=3, batch_size=4, depth=10, width=1, precision="float32"))
+
+
+@pytest.fixture(scope="module")
+def prior(): return load_prior("fashion-mnist", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def seeds(): return load_dataset("fashion-mnist", "train")[torch.arange(20)].unlabelled()
+
+
+def generate(prior, seeds, store=None):
+    return generate_pairs(prior, seeds, ("T-shirt", "trouser"), PairConfig(**STEPS), store=store, shard_size=4, progress=False)
+
+
+CHILD = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+torch.set_num_threads(1)
+import test_runs as t
+from ucdm.store import PairStore
+append = PairStore.append
+def said(self, first, *tensors):
+    append(self, first, *tensors)
+    print(first, flush=True)
+    if first == 8: import time; time.sleep(600)
+PairStore.append = said
+t.generate(t.load_prior("fashion-mnist", dtype=torch.float32), t.load_dataset("fashion-mnist", "train")[torch.arange(20)].unlabelled(), {store!r})
+"""
+
+
+def test_pairs_killed_and_resumed(tmp_path, prior, seeds):
+    "Killed after three of five shards: those are not made again, and all pairs are what an undisturbed run gives."
+    store = tmp_path / "pairs"
+    child = subprocess.Popen([sys.executable, "-c", CHILD.format(tests=os.path.dirname(__file__), store=str(store))], stdout=subprocess.PIPE, text=True)
+    for line in child.stdout:
+        if line.strip() == "8": break
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -9
+    shards = sorted(store.glob("*.safetensors"))
+    assert len(shards) == 3
+    written = [p.stat().st_mtime_ns for p in shards]
+    torch.set_num_threads(1)
+    try: resumed, whole = generate(prior, seeds, store), generate(prior, seeds, tmp_path / "undisturbed")
+    finally: torch.set_num_threads(os.cpu_count())
+    assert [p.stat().st_mtime_ns for p in shards] == written
+    assert len(resumed) == 20
+    assert torch.equal(resumed.positives, whole.positives) and torch.equal(resumed.negatives, whole.negatives)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
+def test_damaged_shard(tmp_path, prior, seeds, damage):
+    "The damaged shard is named, with what to do; doing it brings the same pairs back."
+    before = generate(prior, seeds[torch.arange(8)], tmp_path)
+    shard = tmp_path / "pairs-0000004.safetensors"
+    content = shard.read_bytes()
+    if damage == "missing": shard.unlink()
+    else: shard.write_bytes(content[:-100] if damage == "truncated" else content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CorruptShard, match=rf"pairs-0000004.*{'missing' if damage == 'missing' else 'truncated or altered'}.*repair\(\)"): generate(prior, seeds[torch.arange(8)], tmp_path)
+    store = PairStore(tmp_path, json.loads((tmp_path / "spec.json").read_text()))
+    assert [e["first"] for e in store.repair()] == [4]
+    after = generate(prior, seeds[torch.arange(8)], tmp_path)
+    assert torch.equal(before.positives, after.positives) and torch.equal(before.negatives, after.negatives)
+
+
+@contextmanager
+def room_for(n_bytes):
+    "No file may grow beyond this."
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, limits[1]))
+    try: yield
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_full_disk_while_generating(tmp_path, prior, seeds):
+    "One error that names the shard; what was written stays, and the rest follows when there is room."
+    first = generate(prior, seeds[torch.arange(8)], tmp_path / "whole")
+    generate_some = PairStore(tmp_path / "pairs", json.loads((tmp_path / "whole" / "spec.json").read_text()))
+    generate_some.append(0, first.positives[:4], first.negatives[:4])
+    with room_for(20_000), pytest.raises(OSError, match=r"could not write .*pairs-0000004.*Make room") as e: generate(prior, seeds[torch.arange(8)], tmp_path / "pairs")
+    assert e.value.errno == errno.EFBIG
+    assert not list((tmp_path / "pairs").glob("*.partial"))
+    assert torch.equal(generate(prior, seeds[torch.arange(8)], tmp_path / "pairs").negatives, first.negatives)
+
+
+@pytest.mark.parametrize("break_it, message", [
+    (lambda f: shutil.rmtree(f), "no prior .*not a packaged prior"),
+    (lambda f: (f / "model_index.json").unlink(), "is not a diffusers pipeline: it has no model_index.json"),
+    (lambda f: shutil.rmtree(f / "unet"), "is not a whole pipeline: the folders unet are missing"),
+    (lambda f: (f / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}'), "holds a StableDiffusionXLPipeline"),
+    (lambda f: (f / "model_index.json").write_text("{"), "model_index.json is damaged"),
+    (lambda f: (f / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut off"), "cannot be read as a pipeline"),
+])
+def test_prior_that_is_no_pipeline(tmp_path, break_it, message):
+    folder = tmp_path / "my prior"
+    shutil.copytree(prior_module.PACKAGED / "fashion-mnist", folder)
+    break_it(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as e: load_prior(str(folder))
+    assert "my prior" in str(e.value)
+
+
+RUN = """
+import sys, time, torch
+sys.path.insert(0, {tests!r})
+torch.set_num_threads(1)
+import test_runs as t, ucdm.training as training
+train_epoch, n = training.train_epoch, [0]
+def slow(*args, **kwargs):
+    out = train_epoch(*args, **kwargs)
+    n[0] += 1
+    print("epoch", n[0], flush=True)
+    if n[0] == {stop}: time.sleep(600)
+    return out
+training.train_epoch = slow
+train_ucdm = training.train_ucdm
+training.train_ucdm = lambda *args, **kwargs: train_ucdm(*args, **kwargs, checkpoint_every=0.0)
+print("balance", t.run(t.SPEC, {cache!r}, progress=False).protocols)
+"""
+
+
+def run_in_child(cache, stop=0):
+    return subprocess.Popen([sys.executable, "-c", RUN.format(tests=os.path.dirname(__file__), cache=str(cache), stop=stop)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_run_killed_and_resumed(tmp_path):
+    "Killed in the second round of training: the run goes on and ends with the same numbers; the next call only reads them."
+    child = run_in_child(tmp_path / "a", stop=5)
+    for line in child.stdout:
+        if line.strip() == "epoch 5": break
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert (tmp_path / "a" / "partial" / spec_hash(SPEC)).exists()
+    said = [run_in_child(tmp_path / name).communicate(timeout=240)[0].splitlines() for name in ("a", "b")]
+    assert sum(line.startswith("epoch") for line in said[0]) < sum(line.startswith("epoch") for line in said[1]) == 6
+    assert said[0][-1] == said[1][-1] and said[0][-1].startswith("balance")
+    assert not (tmp_path / "a" / "partial" / spec_hash(SPEC)).exists()
+    began = time.monotonic()
+    run(SPEC, tmp_path / "a", progress=False)
+    assert time.monotonic() - began < 5
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    "A finished run in its cache."
+    cache = tmp_path_factory.mktemp("cache")
+    return cache, run(SPEC, cache, progress=False)
+
+
+def test_provenance(done):
+    "A result says what it was computed from."
+    _, result = done
+    assert {"packages", "commit", "device", "started", "seconds", "data", "prior", "peak_memory_mb", "threads"} <= result.provenance.keys()
+    assert set(result.protocols) == {"running", "group_pure", "mixed"}
+
+
+def test_damaged_result(done, tmp_path):
+    "A result that was cut off or altered is computed again, with a warning that names it."
+    cache, result = done
+    shutil.copytree(cache, tmp_path / "cache")
+    path = tmp_path / "cache" / "runs" / f"{spec_hash(SPEC)}.json"
+    for content in (path.read_text()[:200], path.read_text().replace('"closed": ', '"closed": 1')):
+        path.write_text(content)
+        with pytest.warns(UserWarning, match=f"{path.name}.*computed again"): again = run(SPEC, tmp_path / "cache", progress=False)
+        assert again.protocols == result.protocols
+
+
+def test_damaged_pool(done, tmp_path):
+    "Pairs damaged in the cache are made again, the others kept."
+    cache, _ = done
+    shutil.copytree(cache, tmp_path / "cache")
+    before = pair_set(SPEC, cache)
+    shard = next((tmp_path / "cache" / "pairs").rglob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:1000])
+    with pytest.warns(UserWarning, match=shard.name): after = pair_set(SPEC, tmp_path / "cache")
+    assert torch.equal(before.negatives, after.negatives)
+
+
+@pytest.mark.parametrize("fields, message", [
+    (dict(mismatch=1.0), r"mismatch=1.0 must lie in \[0, 1\)"),
+    (dict(mismatch=-0.1), r"mismatch=-0.1 must lie in \[0, 1\)"),
+    (dict(mismatch="60%"), "mismatch='60%' must be float"),
+    (dict(n_seeds=0), "n_seeds=0 must be at least 1"),
+    (dict(class_split="2/6"), "class_split='2/6' must be three counts"),
+    (dict(train=dict(round=3)), "unknown field 'round': did you mean 'rounds'"),
+    (dict(train=dict(rounds="3")), "rounds='3' must be int"),
+    (dict(pairs=dict(stepz=3)), "unknown field 'stepz': did you mean 'steps'"),
+    (dict(method="ucmd"), "unknown method 'ucmd': did you mean 'ucdm'"),
+    (dict(dataset="fashion-mnits"), "no class splits for 'fashion-mnits'; there are some for fashion-mnist"),
+])
+def test_specification_that_cannot_be(tmp_path, fields, message):
+    "Every wrong field is named before anything is computed."
+    with pytest.raises((ValueError, TypeError), match=message): run(RunSpec(**fields), tmp_path)
+
+
+def test_failed_run_costs_only_itself(done, tmp_path):
+    "Of several runs one fails; the others are computed and kept, and the error names the one."
+    cache, _ = done
+    shutil.copytree(cache, tmp_path / "cache")
+    bad = RunSpec(**{**SPEC.__dict__, "prior": str(tmp_path / "nowhere")})
+    with pytest.raises(RuntimeError, match=r"1 of 2 runs failed(?s:.*)nowhere") as e: run_many([bad, SPEC], tmp_path / "cache", progress=False)
+    assert e.value.results[1] is not None
+
+
+def test_cache_is_ignored_by_git(tmp_path):
+    assert (cache_folder(tmp_path / "cache") / ".gitignore").read_text() == "*\n"
