@@ -7,9 +7,10 @@ __all__ = ['PACKAGED', 'default_device', 'default_dtype', 'compiled', 'Prior', '
 
 # %% ../nbs/20_prior.ipynb #f5069835
 import hashlib, json, re, shutil
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-import torch
+import diffusers, torch, transformers
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
@@ -124,12 +125,24 @@ def load_prior(name_or_path: str = "fashion-mnist", # a packaged prior, a folder
         raise FileNotFoundError(f"no prior {str(name_or_path)!r}: it is not a packaged prior ({', '.join(packaged)}), not a folder, and not a hub id like 'stabilityai/stable-diffusion-2-base'.")
     device = device or default_device()
     where = folder if folder.is_dir() else name_or_path
-    try: pipe = StableDiffusionPipeline.from_pretrained(where, revision=revision, use_safetensors=True, dtype={"unet": dtype or default_dtype(device), "default": torch.float32},
-                                                        safety_checker=None, requires_safety_checker=False)
+    try:
+        with _no_bars() if folder.is_dir() else nullcontext(): # a download shows its bars
+            pipe = StableDiffusionPipeline.from_pretrained(where, revision=revision, use_safetensors=True, dtype={"unet": dtype or default_dtype(device), "default": torch.float32},
+                                                           safety_checker=None, requires_safety_checker=False)
     except Exception as e:
         remedy = "copy or download it again" if folder.is_dir() else "see that the id and revision are right and that the hub can be reached, or give a folder"
         raise ValueError(f"{where} cannot be read as a pipeline; {remedy} ({type(e).__name__}: {e}).") from e
     return Prior(pipe, str(name_or_path), device)
+
+
+@contextmanager
+def _no_bars():
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    try: yield
+    finally:
+        diffusers.utils.logging.enable_progress_bar()
+        transformers.utils.logging.enable_progress_bar()
 
 
 def _check_pipeline_folder(folder: Path) -> None:
