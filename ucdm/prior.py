@@ -6,7 +6,7 @@
 __all__ = ['PACKAGED', 'default_device', 'default_dtype', 'compiled', 'Prior', 'load_prior', 'sample_images']
 
 # %% ../nbs/20_prior.ipynb #f5069835
-import hashlib, json, re, shutil
+import hashlib, json, re, shutil, warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -137,12 +137,13 @@ def load_prior(name_or_path: str = "fashion-mnist", # a packaged prior, a folder
 
 @contextmanager
 def _no_bars():
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    loggers = [m.utils.logging for m in (diffusers, transformers) if m.utils.logging.is_progress_bar_enabled()]
+    for logger in loggers: logger.disable_progress_bar()
     try: yield
     finally:
-        diffusers.utils.logging.enable_progress_bar()
-        transformers.utils.logging.enable_progress_bar()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore") # for those who forbid bars by an environment variable
+            for logger in loggers: logger.enable_progress_bar()
 
 
 def _check_pipeline_folder(folder: Path) -> None:

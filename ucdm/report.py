@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PAPER_TABLES', 'SOURCE', 'ROUNDING', 'SLIPS', 'METHOD_LABELS', 'METHOD_COLOURS', 'GROUP_COLOURS', 'DATASET_LABELS',
-           'METRIC_LABELS', 'paper_value', 'recomputed_balance', 'style', 'save_figure', 'save_data', 'results_frame',
-           'spread', 'Comparison', 'measured_vs_paper', 'settings_note', 'Check', 'verdict', 'Conclusion', 'conclude']
+           'METRIC_LABELS', 'paper_value', 'recomputed_balance', 'style', 'save_figure', 'save_data', 'label_ends',
+           'results_frame', 'spread', 'Comparison', 'measured_vs_paper', 'settings_note', 'Check', 'verdict',
+           'Conclusion', 'conclude']
 
 # %% ../nbs/81_report.ipynb #3be4a7b6
 import base64, io, json, math, re, statistics
@@ -17,6 +18,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
+from IPython.display import Markdown
 
 from .files import write_atomic
 from .metrics import balance_score
@@ -251,6 +253,26 @@ def save_data(frame: pd.DataFrame, name: str, out: str | Path) -> str: # "tables
     write_atomic(Path(out) / "tables" / f"{name}.csv", frame.to_csv(index=False))
     return f"tables/{name}.csv"
 
+# %% ../nbs/81_report.ipynb #d348a9b9
+def label_ends(ax, # finished axes: limits are read, not changed
+               ends: Sequence[tuple[float, float, str, str]], # x, y, text and colour of each label
+               size: float = 7, # of the text, in points
+               offset: float = 6, # to the right of the point, in points
+              ) -> None:
+    "Write each text beside its point, moved up or down as far as needed to be read."
+    ax.figure.canvas.draw()
+    to_points = 72 / ax.figure.dpi
+    rows = sorted(((ax.transData.transform((x, y)) * to_points, text, colour, (x, y)) for x, y, text, colour in ends), key=lambda r: r[0][1])
+    heights = [r[0][1] for r in rows]
+    for _ in range(100): # push neighbours apart by half of what is missing, until all have room
+        moved = False
+        for i in range(1, len(heights)):
+            if (lack := 1.15 * size - (heights[i] - heights[i - 1])) > 0.01:
+                heights[i - 1], heights[i], moved = heights[i - 1] - lack / 2, heights[i] + lack / 2, True
+        if not moved: break
+    for (place, text, colour, point), height in zip(rows, heights):
+        ax.annotate(text, point, xytext=(offset, height - place[1]), textcoords="offset points", fontsize=size, va="center", color=colour, annotation_clip=False)
+
 # %% ../nbs/81_report.ipynb #1733dcd1
 def results_frame(results: Iterable[RunResult]) -> pd.DataFrame: # method, dataset, class_split, mismatch, seed, hash, metric, value
     "The metrics of runs, tidy."
@@ -290,7 +312,7 @@ class Comparison:
         cells = self.cells()
         css = self._wide("mark").set_axis(cells.index).replace({"best": "font-weight: bold", "second": "text-decoration: underline", "": None})
         shown = cells.style.apply(lambda _: css.where(css.notna(), ""), axis=None).set_caption(self.caption).set_uuid("comparison")
-        return shown.set_table_styles([dict(selector="caption", props="text-align: left; caption-side: top; padding-bottom: 0.5em"), dict(selector="th.col_heading", props="text-align: center")])
+        return shown.set_table_styles([dict(selector="caption", props="text-align: left; caption-side: top; padding-bottom: 0.5em"), dict(selector="th.col_heading", props="text-align: center"), dict(selector="td, th", props="padding: 0.15em 0.7em; white-space: nowrap")])
 
     def _repr_html_(self): return self.styled().to_html()
     def __repr__(self): return f"{self.caption}\n{self.cells().to_string()}"
@@ -375,9 +397,8 @@ def measured_vs_paper(results: Iterable[RunResult], # what was measured
     return Comparison(frame, f"In percent. Measured: mean ± sample standard deviation of {runs}. Paper: means of three runs, bold and underlined as printed.")
 
 # %% ../nbs/81_report.ipynb #b339bfb2
-def settings_note(results: Iterable[RunResult]) -> "Markdown":
+def settings_note(results: Iterable[RunResult]) -> Markdown:
     "How the measured runs differ from the paper's settings (Tables 16 and 17): a paragraph a method."
-    from IPython.display import Markdown
     results, paragraphs = list(results), []
     for method in dict.fromkeys(r.spec.method for r in results):
         mine = [r for r in results if r.spec.method == method]
@@ -442,7 +463,7 @@ def conclude(name: str, # of the notebook
     """
     out = Path(out)
     unique = list({r.hash: r for r in results}.values())
-    stale = sum(r.provenance.get("code") != code_hash() for r in unique)
+    stale = sum(r.provenance.get("code") != code_hash(r.spec.method) for r in unique)
     for r in unique:
         source = out / "cache" / "runs" / f"{r.hash}.json"
         target = out / "results" / "runs" / source.name

@@ -182,7 +182,7 @@ def plan(experiments: dict[str, Experiment], # what can be run
         values = {p: v for p, v in (common | own | dict(out=out)).items() if p in experiment.parameters}
         for p, v in values.items():
             if not experiment.parameters[p].accepts(v): problems.append(f"{name}: {p}={v!r} must be {experiment.parameters[p].expects}.")
-        key = hashlib.sha256(canonical([experiment.source_hash, {k: v for k, v in values.items() if k != "out"}, code_hash(everything=True)]).encode()).hexdigest()[:16] if not problems else ""
+        key = hashlib.sha256(canonical([experiment.source_hash, {k: v for k, v in values.items() if k != "out"}, code_hash()]).encode()).hexdigest()[:16] if not problems else ""
         jobs.append(Job(experiment, values, key, float(entry.get("seconds", 60)), 60 * float(entry.get("limit_minutes", profile.get("limit_minutes", 60)))))
     if problems: raise ValueError("the profile does not fit the notebooks:\n" + "\n".join(f"  {p}" for p in problems))
     return jobs
@@ -237,12 +237,12 @@ def kill_tree(pid: int) -> None:
 
 
 def tidy(path: Path, source: str) -> None:
-    "Remove from an executed notebook what is about this machine or this moment: paths, times of single cells, progress bars."
+    "Remove from an executed notebook what is about this machine or this moment: paths, times of single cells, progress bars, and warnings (they are in the log)."
     nb = json.loads(path.read_text())
     for key in ("papermill", "widgets"): nb["metadata"].pop(key, None)
     for cell in nb["cells"]:
         cell["metadata"] = {k: v for k, v in cell["metadata"].items() if k == "tags"}
-        if "outputs" in cell: cell["outputs"] = [o for o in cell["outputs"] if not re.search(r"\d%\|.*\[?.*(it|image|pair|B)/s|\| \d+/\d+ \[", "".join(o.get("text", o.get("data", {}).get("text/plain", ""))))]
+        if "outputs" in cell: cell["outputs"] = [o for o in cell["outputs"] if o.get("name") != "stderr" and not re.search(r"\d%\|.*\[?.*(it|image|pair|B)/s|\| \d+/\d+ \[", "".join(o.get("text", o.get("data", {}).get("text/plain", ""))))]
     text = json.dumps(nb, indent=1, ensure_ascii=False)
     for place, name in ((sys.prefix, "<python>"), (str(Path(source).resolve().parent), "."), (str(Path(source).resolve().parent.parent.parent), "<ucdm>"), (str(Path.home()), "~")):
         if len(place) > 4: text = text.replace(place + "/", name + "/")

@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'RESULT_VERSION', 'SPEED_ONLY', 'nearest', 'fits', 'type_n
            'describe', 'grid', 'Method', 'register_method', 'get_method', 'Task', 'fit_ucdm', 'pair_config',
            'method_config', 'prior_identity', 'identity', 'spec_hash', 'code_hash', 'cache_folder', 'locked', 'say',
            'human_time', 'atomic_json', 'mark_done', 'CorruptResult', 'checked_json', 'run_split', 'pool_folder',
-           'pair_set', 'ids_tensor', 'watched', 'provenance', 'device_name', 'git_state', 'RunResult',
+           'pair_set', 'ids_tensor', 'watched', 'labelled_seeds', 'provenance', 'device_name', 'git_state', 'RunResult',
            'labelling_rounds', 'run', 'read_result', 'RunsFailed', 'run_many']
 
 # %% ../nbs/80_runs.ipynb #a1bf5bcc
@@ -156,6 +156,7 @@ class Task:
     seeds: object                        # ImageSet of N seed images, labels all -1
     classes: tuple[str, ...]             # names of the K known classes
     pairs: Callable[[], object]          # () -> PairSet of the seeds
+    labelled: Callable[[int | None], object]  # labels a known class, None for all -> ImageSet: the seeds, with labels 0..K-1 where they are given, else -1
     checkpoint: Path                     # where a method may keep its state; removed after the run
     report: Callable[[str], None]        # takes a line of progress
     bars: bool                           # whether progress bars are welcome
@@ -236,19 +237,36 @@ def spec_hash(spec: RunSpec) -> str: # 16 hex digits
 
 
 @lru_cache
-def code_hash(everything: bool = False, # include the modules that only lay out results
+def code_hash(method: str | None = None, # only what this method's results depend on; None takes the whole package
              ) -> str: # 16 hex digits
     "A hash of what the package computes: the syntax trees of its modules, without docstrings."
     h = hashlib.sha256()
     folder = Path(__file__).parent if "__file__" in globals() else Path("../ucdm")
-    leave = ("__init__", "_modidx") + (() if everything else ("runs", "report", "reproduce"))
-    for file in sorted(f for f in folder.rglob("*.py") if f.stem not in leave):
-        tree = ast.parse(file.read_text())
+    modules = {".".join(f.relative_to(folder).with_suffix("").parts): f for f in folder.rglob("*.py") if f.stem not in ("__init__", "_modidx")}
+    for name in sorted(_needed(method, modules) if method else modules):
+        tree = ast.parse(modules[name].read_text())
         for node in ast.walk(tree):
             body = getattr(node, "body", None)
             if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str): body.pop(0)
-        h.update(f"{file.relative_to(folder)} {ast.dump(tree)}".encode())
+        h.update(f"{name} {ast.dump(tree)}".encode())
     return h.hexdigest()[:16]
+
+
+def _needed(method: str, modules: dict[str, Path]) -> set[str]:
+    "The package's modules that a method's results depend on: those of the method, of the evaluation and of the data, and what they import; not this one, which only passes things on."
+    m = get_method(method)
+    mentioned = [m.fit.__module__, *([m.config.split(":")[0]] if isinstance(m.config, str) else [m.config.__module__] if m.config else [])]
+    found, queue = set(), [*(n.removeprefix("ucdm.") for n in mentioned), "metrics", "data", "splits", *(("pairs",) if m.uses_pairs else ())]
+    while queue:
+        name = queue.pop()
+        if name not in modules or name in found or name in ("runs", "report", "reproduce"): continue
+        found.add(name)
+        package = name.split(".")[:-1]
+        for node in ast.walk(ast.parse(modules[name].read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("ucdm.")):
+                base = [*package[:len(package) + 1 - node.level], *(node.module or "").split(".")] if node.level else node.module.split(".")[1:]
+                queue += [".".join(base), *(".".join([*base, a.name]).lstrip(".") for a in node.names)]
+    return found
 
 # %% ../nbs/80_runs.ipynb #3002e235
 def cache_folder(cache: str | Path | None = None) -> Path:
@@ -406,6 +424,18 @@ def watched(count: Callable[[], int], total: int, what: str, every: float = 10.0
     try: yield
     finally: done.set()
 
+# %% ../nbs/80_runs.ipynb #77812e70
+def labelled_seeds(split, # ucdm.splits.CDMSplit
+                   train, # ucdm.data.ImageSet, the training images
+                   per_class: int | None, # labels of each known class; None: all there are
+                  ): # ucdm.data.ImageSet: the seeds, labels 0..K-1 where they are told, else -1
+    "The seeds with some labels. ValueError if a class has fewer images than labels are asked for."
+    from ucdm.splits import labelled_subset
+    import torch
+    truth, seeds = split.true_labels(train), split.seeds(train)
+    told = truth < split.n_known if per_class is None else torch.isin(split.seed_index, labelled_subset(split, train, per_class)[0])
+    return replace(seeds, labels=truth.where(told, seeds.labels))
+
 # %% ../nbs/80_runs.ipynb #4979ba66
 def provenance() -> dict:
     "Versions, commit, device, and the time now (UTC)."
@@ -416,7 +446,7 @@ def provenance() -> dict:
         except PackageNotFoundError: return None
     packages = {p: of(p) for p in ("ucdm", "torch", "torchvision", "diffusers", "transformers", "numpy")}
     return dict(started=datetime.now(timezone.utc).isoformat(timespec="seconds"), python=platform.python_version(), packages=packages, system=f"{platform.system()} {platform.machine()}",
-                device=device_name(torch), threads=torch.get_num_threads(), code=code_hash(), **git_state())
+                device=device_name(torch), threads=torch.get_num_threads(), **git_state())
 
 
 def device_name(torch) -> str:
@@ -442,10 +472,10 @@ class RunResult:
     "What came out of a run."
     spec: RunSpec
     hash: str              # spec_hash(spec) when it was computed
-    protocols: dict        # batch norm at test time ("running", "group_pure", "mixed") -> metric -> percent
+    protocols: dict        # batch norm at test time ("running", "group_pure", "mixed"; "running+<rule>": with that rule for "other") -> metric -> percent
     rounds: list           # a dict a labelling round: round (from 1), selected and correct [K + 1], unlabelled (before it)
     epochs: list           # a dict an epoch: round, epoch (from 1), loss
-    seeds: dict            # n, true counts of the K classes and "other" [K + 1]
+    seeds: dict            # n, labelled: how many labels the method was given, true counts of the K classes and "other" [K + 1]
     provenance: dict
 
     @property
@@ -524,18 +554,25 @@ def _compute(spec, name, folder, partial, root, progress) -> RunResult:
         train, split = _dataset(spec.dataset, "train", root), run_split(spec, root)
     def pairs():
         with stage("pairs"): return pair_set(spec, folder, root, bars)
-    task = Task(spec, config, split.seeds(train), tuple(split.known_names), pairs, partial, report, bars)
+    given = 0
+    def labelled(per_class):
+        nonlocal given
+        told = labelled_seeds(split, train, per_class)
+        given = int((told.labels >= 0).sum())
+        return told
+    task = Task(spec, config, split.seeds(train), tuple(split.known_names), pairs, labelled, partial, report, bars)
     with stage("fit"): fitted = method.fit(task)
     seconds["fit"] = round(seconds["fit"] - seconds.get("pairs", 0), 2)
     with stage("evaluate"):
-        truth = split.true_labels(train) # read here for the first time
+        truth = split.true_labels(train)
         groups = split.test(_dataset(spec.dataset, "test", root))
         ways = BATCH_NORM_PROTOCOLS if "batch_norm" in inspect.signature(fitted.predict).parameters else ("running",)
         protocols = {p: evaluate(fitted.predict, groups, p) for p in ways}
+        protocols |= {f"running+{rule}": evaluate(lambda images, rule=rule: fitted.predict(images, other=rule), groups) for rule in getattr(fitted, "other_rules", ())}
     history, K = getattr(fitted, "history", []), split.n_known
     epochs = [dict(round=h["round"] + 1, epoch=h["epoch"] + 1, loss=h["loss"]) for h in history if h.get("kind") == "epoch"]
-    where |= dict(seconds=seconds, peak_memory_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024), data=dict(train=train.fingerprint[:16], split=split.hash), prior=prior_identity(spec.prior) if method.uses_pairs else None)
-    seeds = dict(n=len(truth), true=[int((truth == k).sum()) for k in range(K + 1)], classes=[*split.known_names, "other"], test={g: len(x[0]) for g, x in groups.items()})
+    where |= dict(code=code_hash(spec.method), seconds=seconds, peak_memory_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024), data=dict(train=train.fingerprint[:16], split=split.hash), prior=prior_identity(spec.prior) if method.uses_pairs else None)
+    seeds = dict(n=len(truth), labelled=given, true=[int((truth == k).sum()) for k in range(K + 1)], classes=[*split.known_names, "other"], test={g: len(x[0]) for g, x in groups.items()})
     return RunResult(spec, name, protocols, labelling_rounds(history, truth, K), epochs, seeds, where)
 
 # %% ../nbs/80_runs.ipynb #12e03443
