@@ -333,7 +333,7 @@ def loss_figure(record: dict) -> plt.Figure: # record: content of training.json
 
 
 def write_card(folder: Path, # pipeline folder with training.json
-               quality: dict | None = None, # name -> value, as pair_quality reports them
+               quality: dict | None = None, # results/pair_quality.json of a batch
               ) -> str: # the card's text
     "Write README.md, loss.png and samples.png beside the weights."
     record, prior = json.loads((folder / "training.json").read_text()), load_prior(folder)
@@ -346,7 +346,8 @@ def write_card(folder: Path, # pipeline folder with training.json
         "autoencoder": f"{c['vae_steps']:,} steps of {c['vae_batch']} images", "UNet and text encoder": f"{c['steps']:,} steps of {c['batch']} images ({c['steps'] * c['batch']:,} seen)",
         "captions": f"{len(c['templates'])} templates, {c['caption_noise']:.0%} taken from another image, {c['caption_drop']:.0%} empty", "latents": f"scaled to a standard deviation of {c['latent_std']}",
         "final loss": f"training {record['unet_curve'][-1][1]:.4f}, validation {record['unet_curve'][-1][2]:.4f}", "time": f"{record['seconds'] / 60:.0f} minutes on {record['device']}", "versions": ", ".join(f"{k} {v}" for k, v in record["versions"].items())}.items())
-    measures = "\n".join(f"| {k} | {v} |" for k, v in (quality or {}).items())
+    measures = "\n".join(f"| {k} | {v:.3g} |" for k, v in quality["numbers"].items()) if quality else ""
+    goals = "\n".join(f"- {c['claim']} {'Reached' if c['holds'] else 'Missed'}: {c['evidence']}" for c in quality["checks"]) if quality else ""
     text = f"""# Mini prior: {record['dataset']}
 
 A small text-to-image diffusion pipeline (`diffusers.StableDiffusionPipeline`, half precision), trained by `python -m ucdm.mini_prior train`.
@@ -370,13 +371,15 @@ Measured by `nbs/experiments/pair_quality.ipynb` with a judge that was trained o
 | measure | value |
 |---|---|
 {measures}
+
+{goals}
 """ if quality else "") + """
 ## Limits
 
 Grey photographs of clothing on a black ground, 32x32. Not meant for anything but this repository's experiments. The training images are Fashion-MNIST
 (Xiao, Rasul and Vollgraf, 2017; MIT licence).
 """
-    (folder / "README.md").write_text(text)
+    write_atomic(folder / "README.md", text)
     return text
 
 # %% ../nbs/23_mini_prior.ipynb #d9f2bf1e
@@ -394,8 +397,7 @@ def _train(out: Path = typer.Option(..., help="folder for checkpoints and the fi
 @app.command("card")
 def _card(folder: Path = typer.Argument(..., help="pipeline folder with training.json"), quality: Path = typer.Option(None, help="results/pair_quality.json of a batch")):
     "Write the model card (README.md, loss.png, samples.png) of a trained prior."
-    numbers = json.loads(quality.read_text())["numbers"] if quality else {}
-    print(write_card(folder, {k: f"{v:.3g}" for k, v in numbers.items()}))
+    print(write_card(folder, json.loads(quality.read_text()) if quality else None))
 
 # in a notebook `__spec__` is None, under `python -m ucdm.mini_prior` it is not
 if __name__ == "__main__" and __spec__ is not None: app()
