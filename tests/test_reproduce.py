@@ -191,6 +191,15 @@ def test_fresh_and_list(project):
     assert status == 0 and "table_02  done" in said and "table_01" not in said
 
 
+def test_on_request(project):
+    "A notebook that a profile marks so runs when it is named, and only then."
+    folder = project(dict(notebooks=dict(table_02=dict(on_request=True))), table_01=notebook(), table_02=notebook())
+    status, said, _ = batch(folder)
+    assert status == 0 and "1 of 1 notebooks done" in said and "1 more run on request" in said and "table_02  " not in said
+    status, said, _ = batch(folder, "--only", "table_02")
+    assert status == 0 and "table_02  done" in said
+
+
 def test_help():
     done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, timeout=60, env=os.environ | {"COLUMNS": "200"})
     assert done.returncode == 0 and "--fresh" in done.stdout and "Examples" in done.stdout

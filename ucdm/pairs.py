@@ -31,6 +31,8 @@ class PairConfig:
     eta_positive: float = 1.0          # DDIM's eta on the positives' way down
     eta_negative: float = 0.2          # DDIM's eta on the negatives' way down
     inversion_guidance: float = 1.0    # guidance on the way up; 1 is the conditional model itself
+    positive_from: str = "seed"        # "seed": the noised seed image; "noise": pure noise (Table 5, Figure 12)
+    negative_from: str = "seed"        # "seed": the inverted seed image; "noise": pure noise (Table 5, Figure 13)
     template: str = "A photo of a {}"  # prompt, {} is the class name
     sample_latents: bool = False       # sample the autoencoder's posterior instead of taking its mean
     seed: int = 0                      # of all noise
@@ -42,7 +44,7 @@ class PairConfig:
         if self.template.count("{}") != 1: raise ValueError(f"template={self.template!r} must contain {{}} once, where the class name goes.")
         for name in ("eta_positive", "eta_negative"):
             if not 0 <= getattr(self, name) <= 1: raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1]: it is DDIM's eta.")
-        for name, allowed in dict(inversion=("eq6", "ode", "implicit"), grid=("matched", "reference"), pairing=("aligned", "reference")).items():
+        for name, allowed in dict(positive_from=("seed", "noise"), negative_from=("seed", "noise"), inversion=("eq6", "ode", "implicit"), grid=("matched", "reference"), pairing=("aligned", "reference")).items():
             if getattr(self, name) not in allowed: raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(map(repr, allowed))}.")
 
 # %% ../nbs/21_pairs.ipynb #7c7c58f1
@@ -70,8 +72,9 @@ def generate_batch(prior: Prior, images: Tensor, # uint8 [B, 3, H, W], the seed 
     def predict_up(x, t):
         if config.inversion_guidance == 1: return prior.predict(x, t, cond)
         return guided(*prior.predict(torch.cat([x, x]), t, torch.cat([uncond, cond])).chunk(2), config.inversion_guidance)
-    negative = invert(predict_up, x_0, up, config.inversion)
-    positive = add_noise(x_0, noise("forward", 1)[0], down.alpha_bar[-1])
+    negative = invert(predict_up, x_0, up, config.inversion) if config.negative_from == "seed" else noise("start", 1)[0]
+    forward = noise("forward", 1)[0]
+    positive = add_noise(x_0, forward, down.alpha_bar[-1]) if config.positive_from == "seed" else forward
 
     three = torch.cat([uncond, uncond, cond])
     def predict_down(x, t):
@@ -98,7 +101,8 @@ COMPILE_FROM = 60_000 # network evaluations from which compiling pays
 
 def evaluations(n_pairs: int, config: PairConfig) -> int:
     "Network evaluations for `n_pairs` pairs: one (or two, guided) a step up, three a step down."
-    return n_pairs * config.steps * ((1 if config.inversion_guidance == 1 else 2) + 3)
+    up = 0 if config.negative_from == "noise" else 1 if config.inversion_guidance == 1 else 2
+    return n_pairs * config.steps * (up + 3)
 
 
 def pair_spec(prior: Prior, seeds: ImageSet, classes: tuple[str, ...], config: PairConfig, ids: list[int]) -> dict:

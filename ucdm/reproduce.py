@@ -141,13 +141,14 @@ class Job:
     key: str              # says which result this job gives
     seconds: float        # expected
     limit: float          # seconds after which it is stopped
+    on_request: bool = False # runs only when it is named
 
     @property
     def name(self) -> str: return self.experiment.name
 
 
 PROFILE_KEYS = ("description", "all", "notebooks", "limit_minutes")
-JOB_KEYS = ("seconds", "limit_minutes", "parameters")
+JOB_KEYS = ("seconds", "limit_minutes", "parameters", "on_request")
 
 def load_profile(name: str, folder: str | Path) -> dict:
     "A profile's content. ValueError for an unknown profile or a key that profiles do not have."
@@ -183,7 +184,7 @@ def plan(experiments: dict[str, Experiment], # what can be run
         for p, v in values.items():
             if not experiment.parameters[p].accepts(v): problems.append(f"{name}: {p}={v!r} must be {experiment.parameters[p].expects}.")
         key = hashlib.sha256(canonical([experiment.source_hash, {k: v for k, v in values.items() if k != "out"}, code_hash()]).encode()).hexdigest()[:16] if not problems else ""
-        jobs.append(Job(experiment, values, key, float(entry.get("seconds", 60)), 60 * float(entry.get("limit_minutes", profile.get("limit_minutes", 60)))))
+        jobs.append(Job(experiment, values, key, float(entry.get("seconds", 60)), 60 * float(entry.get("limit_minutes", profile.get("limit_minutes", 60))), bool(entry.get("on_request"))))
     if problems: raise ValueError("the profile does not fit the notebooks:\n" + "\n".join(f"  {p}" for p in problems))
     return jobs
 
@@ -552,11 +553,13 @@ def main(more: list[str] = typer.Argument(None, help="Further names for --only."
         content = load_profile(profile, home / "profiles")
         everything = plan(experiments, content, os.path.relpath(out.resolve(), home))
         picked = chosen(experiments, [*(only or []), *(more or [])])
-        batch = Batch(profile, [j for j in everything if j.name in picked], out, jobs, lambda line: print(line, flush=True))
+        picked = [j for j in everything if j.name in picked and (only or listing or not j.on_request)]
+        batch = Batch(profile, picked, out, jobs, lambda line: print(line, flush=True))
         batch.description = content.get("description", "")
         if listing: show_list(batch); return
         if not resume: batch.forget(everything=not only)
-        print(f"profile {profile}: {len(batch.jobs)} notebooks, results in {out}", flush=True)
+        waiting = len(experiments) - len(batch.jobs) if not only else 0
+        print(f"profile {profile}: {len(batch.jobs)} notebooks, results in {out}" + (f"; {waiting} more run on request (--only NAME; see --list)" if waiting else ""), flush=True)
         status = batch.run()
     except (ValueError, FileNotFoundError) as e: print(f"ucdm-reproduce: {e}", file=sys.stderr); raise typer.Exit(2)
     except (RuntimeError, OSError) as e: print(f"ucdm-reproduce: {e}", file=sys.stderr); raise typer.Exit(1)
@@ -566,7 +569,7 @@ def main(more: list[str] = typer.Argument(None, help="Further names for --only."
 def show_list(batch: Batch) -> None:
     "What --list prints."
     for job in batch.jobs:
-        print(f"{'done' if batch.is_done(job) else '    '}  {job.name:<28} {job.experiment.title}   (about {human_time(job.seconds)})")
+        print(f"{'done' if batch.is_done(job) else '    '}  {job.name:<28} {job.experiment.title}   (about {human_time(job.seconds)}{', on request' if job.on_request else ''})")
         for p in job.experiment.parameters.values():
             mine = job.parameters.get(p.name, p.default)
             if p.name != "out": print(f"        {p.name} = {mine!r}" + (f"   (paper: {p.default!r})" if mine != p.default else "") + (f"   # {p.help}" if p.help else ""))
