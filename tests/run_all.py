@@ -141,7 +141,7 @@ def tests():
 
 def experiments():
     "The whole batch, small."
-    status, _ = run("ucdm-reproduce", "--profile", "smoke", "--fresh")
+    status, _ = run("ucdm-reproduce", "--profile", "smoke", "--fresh", "--jobs", "2")
     return status == 0, f"{len(EXPERIMENTS)} experiments"
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Callback', 'NoisePredictor', 'invert', 'reverse', 'DeltaTrace', 'delta_trace', 'trajectory']
 
-# %% ../nbs/01_inversion.ipynb #03d11cf5
+# %% ../nbs/01_inversion.ipynb #5b3e74df
 from dataclasses import dataclass
 from typing import Callable, Protocol
 
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from .schedule import Grid, ddim_inverse_step, ddim_step, psi
 
-# %% ../nbs/01_inversion.ipynb #df9c4abe
+# %% ../nbs/01_inversion.ipynb #5afd5ad1
 class NoisePredictor(Protocol):
     "Anything that predicts the noise in x at train step t."
     def __call__(self, x: Tensor, # [B, ...]
                  t: int) -> Tensor: ... # same shape
 
-# %% ../nbs/01_inversion.ipynb #baaff7dc
+# %% ../nbs/01_inversion.ipynb #3a4769fa
 Callback = Callable[[int, Tensor, Tensor], None] # (grid index, x there, predicted noise)
 
 def invert(predict: NoisePredictor,
@@ -58,7 +58,7 @@ def _implicit_noise(predict: NoisePredictor, step: Callable[[Tensor], Tensor], x
         eps = new.view_as(eps)
     raise RuntimeError(f"the implicit inversion did not converge at t={t} in {max_iter} iterations; use more steps, or 'eq6'.")
 
-# %% ../nbs/01_inversion.ipynb #ff77f3aa
+# %% ../nbs/01_inversion.ipynb #62f81999
 def reverse(predict: NoisePredictor,
             x_N: Tensor, # noise vectors at the noisiest level of `grid`, [B, ...]
             grid: Grid,
@@ -75,7 +75,7 @@ def reverse(predict: NoisePredictor,
         if callback: callback(i - 1, x, eps)
     return x
 
-# %% ../nbs/01_inversion.ipynb #33203709
+# %% ../nbs/01_inversion.ipynb #3965dc99
 @dataclass(frozen=True)
 class DeltaTrace:
     "What the prediction changes by between the ends of each step. Float64 tensors of shape [N], averaged over the batch; index 0 is the step next to the clean image."

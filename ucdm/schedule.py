@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['Schedule', 'make_schedule', 'Grid', 'inference_timesteps', 'matched_grid', 'reference_grids', 'walk_grids', 'psi',
-           'sigma_of_eta', 'guided', 'add_noise', 'ddim_step', 'ddim_inverse_step']
+           'sigma_of_eta', 'rho', 'guided', 'add_noise', 'ddim_step', 'ddim_inverse_step']
 
-# %% ../nbs/00_schedule.ipynb #613e9a5e
+# %% ../nbs/00_schedule.ipynb #466c4574
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-# %% ../nbs/00_schedule.ipynb #146b89a2
+# %% ../nbs/00_schedule.ipynb #a55a1ea3
 @dataclass(frozen=True)
 class Schedule:
     "The noise schedule of a diffusion model: what a scheduler's config says, in float64."
@@ -39,7 +40,7 @@ def make_schedule(config: dict, # a diffusers scheduler's config, `pipe.schedule
     return Schedule(alpha_bar, 1.0 if scheduler.config.set_alpha_to_one else alpha_bar[0].item(), scheduler.config.steps_offset, spacing,
                     scheduler.config.prediction_type)
 
-# %% ../nbs/00_schedule.ipynb #185168c3
+# %% ../nbs/00_schedule.ipynb #75c437b8
 @dataclass(frozen=True)
 class Grid:
     "Levels of a walk, from the cleanest to the noisiest."
@@ -51,12 +52,14 @@ class Grid:
 
 
 def inference_timesteps(schedule: Schedule, steps: int) -> list[int]: # ascending
-    "The time steps that diffusers' `DDIMScheduler.set_timesteps(steps)` visits. ValueError unless `steps` divides the train steps."
+    "The time steps that diffusers' `DDIMScheduler.set_timesteps(steps)` visits. ValueError unless `steps` divides the train steps and none is beyond the last."
     T = len(schedule)
     if not 1 <= steps <= T or T % steps:
         raise ValueError(f"steps={steps} must divide the {T} train steps of the model: otherwise rounding makes inversion and reverse visit different levels.")
     ratio = T // steps
     if schedule.timestep_spacing == "trailing": return [i * ratio - 1 for i in range(1, steps + 1)]
+    if (steps - 1) * ratio + schedule.steps_offset >= T:
+        raise ValueError(f"steps={steps} with steps_offset={schedule.steps_offset} leaves the {T} train steps of the model; use fewer steps, or timestep_spacing='trailing'.")
     return [i * ratio + schedule.steps_offset for i in range(steps)]
 
 
@@ -65,7 +68,7 @@ def matched_grid(schedule: Schedule, steps: int) -> Grid:
     t = inference_timesteps(schedule, steps)
     return Grid((0, *t), (schedule.clean_alpha_bar, *schedule.alpha_bar[t].tolist()))
 
-# %% ../nbs/00_schedule.ipynb #31a17dd1
+# %% ../nbs/00_schedule.ipynb #f22af9a1
 def reference_grids(schedule: Schedule, steps: int) -> tuple[Grid, Grid]: # inversion grid, reverse grid
     "The grids of the paper's released code: off by one step at the top."
     t = inference_timesteps(schedule, steps)
@@ -79,7 +82,7 @@ def walk_grids(schedule: Schedule, steps: int, kind: str = "matched") -> tuple[G
     if kind != "matched": raise ValueError(f"grid={kind!r} is unknown; choose 'matched' or 'reference'.")
     return (grid := matched_grid(schedule, steps)), grid
 
-# %% ../nbs/00_schedule.ipynb #ba8a1933
+# %% ../nbs/00_schedule.ipynb #99020c0c
 def psi(ab_t: float, # level of x_t
         ab_prev: float, # the cleaner level
         sigma: float | Tensor = 0.0, # standard deviation of the fresh noise
@@ -94,7 +97,13 @@ def sigma_of_eta(ab_t: float, ab_prev: float, eta: float | Tensor) -> Tensor: # 
     ab_t, ab_prev, eta = (torch.as_tensor(v, dtype=torch.float64) for v in (ab_t, ab_prev, eta))
     return eta * ((1 - ab_prev) / (1 - ab_t)).sqrt() * (1 - ab_t / ab_prev).sqrt()
 
-# %% ../nbs/00_schedule.ipynb #e02231d8
+# %% ../nbs/00_schedule.ipynb #5ba28679
+def rho(ab: float | Sequence[float] | Tensor) -> Tensor: # float64, of the same shape
+    "Noise-to-signal ratio of a level: 0 for a clean image. `psi` without fresh noise is the difference of two of them."
+    ab = torch.as_tensor(ab, dtype=torch.float64)
+    return ((1 - ab) / ab).sqrt()
+
+# %% ../nbs/00_schedule.ipynb #7d8dc3a7
 def guided(eps_uncond: Tensor, eps_cond: Tensor, guidance: float) -> Tensor:
     "Classifier-free guidance, below Eq. 2: the unconditional prediction moved `guidance` times the way to the conditional one."
     return eps_uncond + guidance * (eps_cond - eps_uncond)
