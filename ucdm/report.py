@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PAPER_TABLES', 'SOURCE', 'ROUNDING', 'SLIPS', 'METHOD_LABELS', 'METHOD_COLOURS', 'GROUP_COLOURS', 'DATASET_LABELS',
            'METRIC_LABELS', 'paper_value', 'recomputed_balance', 'style', 'save_figure', 'save_data', 'label_ends',
-           'results_frame', 'spread', 'Comparison', 'measured_vs_paper', 'Check', 'verdict', 'Conclusion', 'conclude']
+           'results_frame', 'spread', 'Comparison', 'measured_vs_paper', 'settings_note', 'Check', 'verdict',
+           'Conclusion', 'conclude']
 
 # %% ../nbs/81_report.ipynb #3be4a7b6
 import base64, io, json, math, re, statistics
@@ -404,12 +405,12 @@ def settings_note(results: Iterable[RunResult]) -> Markdown:
         spec = mine[0].spec
         plain = replace(spec, pairs={}, train={}, differences={})
         configs = [(method_config(spec), method_config(plain))] + ([(pair_config(spec), pair_config(plain))] if get_method(method).uses_pairs else [])
-        source = "paper" if method == "ucdm" else "default"
+        source, unchanged = ("paper", "All other settings are the paper's.") if method == "ucdm" else ("default", "All other settings are the defaults.")
         changed = [f"`{f.name}` {getattr(now, f.name)} ({source}: {getattr(then, f.name)})" for now, then in configs if now is not None for f in fields(now) if getattr(now, f.name) != getattr(then, f.name)]
         sizes = sorted({r.seeds["n"] for r in mine})
         counts = f"{sizes[0]:,}" + (f" to {sizes[-1]:,}" if len(sizes) > 1 else "")
         generator = f", pairs by the generator `{spec.prior}` (paper: Stable Diffusion 2)" if get_method(method).uses_pairs else ""
-        paragraphs.append(f"**{METHOD_LABELS.get(method, method)} here:** {counts} seed images{generator}. " + (f"Other settings: {', '.join(changed)}." if changed else f"All other settings are {"the paper's" if method == 'ucdm' else 'the defaults'}."))
+        paragraphs.append(f"**{METHOD_LABELS.get(method, method)} here:** {counts} seed images{generator}. " + (f"Other settings: {', '.join(changed)}." if changed else unchanged))
     return Markdown("\n\n".join(paragraphs))
 
 # %% ../nbs/81_report.ipynb #c8d7c5f9
