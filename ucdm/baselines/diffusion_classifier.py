@@ -27,7 +27,7 @@ def levels(n: int, # how many
     "n evenly spaced levels: the middles of n equal parts of 0, ..., T - 1."
     return [int((i + .5) * train_steps / n) for i in range(n)]
 
-# %% ../../nbs/48_diffusion_classifier.ipynb #31d90bd0
+# %% ../../nbs/48_diffusion_classifier.ipynb #105cfb35
 def noise_errors(prior: Prior, # the frozen model
                  images: Tensor, # uint8 [N, 3, H, W]
                  prompts: Sequence[str], # C of them
@@ -39,13 +39,14 @@ def noise_errors(prior: Prior, # the frozen model
     "How far the predicted noise is from the true one, for each image, prompt and level (Algorithm 1 of Li et al., 2023)."
     embedded, ts, C = prior.embed(list(prompts)), levels(draws, len(prior.schedule.alpha_bar)), len(prompts)
     noise = torch.stack([torch.randn(prior.latent_shape, generator=generator(seed, "noise", i)) for i in range(draws)]).to(prior.device)
-    errors = torch.empty(len(images), C, draws)
-    for rows in tqdm(torch.arange(len(images)).split(max(1, batch_size // C)), disable=not progress):
-        x_0, e = prior.encode(images[rows]), embedded.repeat(len(rows), 1, 1)
+    errors, size = torch.empty(len(images), C, draws), max(1, batch_size // C)
+    for first in tqdm(range(0, len(images), size), disable=not progress):
+        x_0 = prior.encode(images[first:first + size])
+        e = embedded.repeat(len(x_0), 1, 1)
         for i, t in enumerate(ts):
-            x_t = add_noise(x_0, noise[i].expand_as(x_0), prior.schedule.alpha_bar[t].item()).float()
+            x_t = add_noise(x_0, noise[i].expand_as(x_0), prior.schedule.alpha_bar[t].item())
             found = prior.predict(x_t.repeat_interleave(C, 0), t, e)
-            errors[rows, :, i] = (found - noise[i]).square().sum((1, 2, 3)).view(len(rows), C).cpu()
+            errors[first:first + size, :, i] = (found - noise[i]).square().sum((1, 2, 3)).view(-1, C).cpu()
     return errors
 
 def posterior(errors: Tensor, # [N, C, n]
