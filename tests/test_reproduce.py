@@ -146,7 +146,8 @@ def begun(folder):
 def test_stopped_and_resumed(project, tmp_path, how):
     "Killed or interrupted in the second of two notebooks: its kernel goes too, and the same command does just the rest."
     folder = project(dict(notebooks=dict(a=None, b=None)), a=notebook(), b=waiting(tmp_path))
-    process = subprocess.Popen(arguments(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    in_background = (lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if how == signal.SIGTERM else None  # as after `nohup ... &`
+    process = subprocess.Popen(arguments(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=in_background)
     kernel = until(lambda: begun(folder))
     process.send_signal(how)
     said, _ = process.communicate(timeout=60)

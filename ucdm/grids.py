@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'image_grid', 'Sheet', 'seeds_of', 'predictor', 'walk_up', 'walk_down', 'judged', 'distance', 'own_seed',
            'to_nearest', 'mean_se']
 
-# %% ../nbs/83_grids.ipynb #69e50edf
+# %% ../nbs/83_grids.ipynb #fea193a1
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -22,7 +22,7 @@ from .prior import Prior
 from .schedule import Grid, add_noise, guided, walk_grids
 from .wideresnet import normalise
 
-# %% ../nbs/83_grids.ipynb #ef720791
+# %% ../nbs/83_grids.ipynb #3a17695c
 def image_grid(rows: Sequence[Sequence[Tensor | None]], # uint8 images [3, H, W], of any sizes; None leaves a place empty
                row_labels: Sequence[str] = (), # at the left
                column_labels: Sequence[str] = (), # on top
@@ -61,7 +61,7 @@ def image_grid(rows: Sequence[Sequence[Tensor | None]], # uint8 images [3, H, W]
     ax.set_axis_off()
     return fig
 
-# %% ../nbs/83_grids.ipynb #15fa397d
+# %% ../nbs/83_grids.ipynb #f7984305
 class Sheet:
     "A page of `width` times `height` inches; x goes right and y down."
     def __init__(self, width: float, height: float):
@@ -78,11 +78,12 @@ class Sheet:
               x: float, y: float, side: float = 0.5, # upper left corner, and size
               frame: str | None = None, # colour
               label: str = "", # below
+              thick: float = 2.0, # of the frame, in points
              ):
         "An image; a channel is scaled to its own range."
         shown = picture.permute(1, 2, 0).cpu().numpy() if picture.ndim == 3 else picture.float().cpu().numpy()
         self.ax.imshow(shown, extent=(x, x + side, y + side, y), interpolation="nearest" if max(shown.shape) <= 64 else "antialiased", cmap="gray", aspect="auto")
-        if frame: self.ax.add_patch(plt.Rectangle((x, y), side, side, fill=False, color=frame, lw=2, clip_on=False))
+        if frame: self.ax.add_patch(plt.Rectangle((x, y), side, side, fill=False, color=frame, lw=thick, clip_on=False))
         if label: self.text(x + side / 2, y + side + 0.03, label, 6.5, "center", "top")
 
     def channels(self, tensor: Tensor, # [C, H, W]
@@ -128,7 +129,7 @@ class Sheet:
         self.ax.add_patch(plt.Rectangle((x, y), width, height, facecolor=colour, alpha=0.07, lw=0))
         if title: self.text(x + 0.06, y + 0.11, title, 8, fontweight="bold", color=colour)
 
-# %% ../nbs/83_grids.ipynb #58160b44
+# %% ../nbs/83_grids.ipynb #77f454d0
 def seeds_of(train, # ucdm.data.ImageSet with labels
              split, # ucdm.splits.CDMSplit
              name: str, # class
@@ -138,7 +139,7 @@ def seeds_of(train, # ucdm.data.ImageSet with labels
     index = split.seed_index
     return index[train.labels[index] == class_id(name, train.classes, train.name)][:n].tolist()
 
-# %% ../nbs/83_grids.ipynb #876b6238
+# %% ../nbs/83_grids.ipynb #c1aef893
 def predictor(prior: Prior, prompts: Sequence[str], # one an item
               guidance: float = 1.0, # 1: the conditional prediction itself
              ) -> NoisePredictor:
@@ -148,7 +149,7 @@ def predictor(prior: Prior, prompts: Sequence[str], # one an item
     both = torch.cat([prior.embed([""]).expand_as(cond), cond])
     return lambda x, t: guided(*prior.predict(torch.cat([x, x]), t, both).chunk(2), guidance)
 
-# %% ../nbs/83_grids.ipynb #5edfb18f
+# %% ../nbs/83_grids.ipynb #4a6a01ec
 KINDS = ("positive", "negative")
 
 def _parts(n, batch_size): return [slice(i, min(i + batch_size, n)) for i in range(0, n, batch_size)]
@@ -201,7 +202,7 @@ def walk_down(kind: str, # "positive" or "negative"
         made.append(reverse(predictor(prior, prompts[part], guidance), x_T[part], down, eta, lambda i: fresh[i - 1]))
     return torch.cat(made)
 
-# %% ../nbs/83_grids.ipynb #6a911c78
+# %% ../nbs/83_grids.ipynb #7d1772eb
 def judged(judge: Judge, images: Tensor, # uint8 [B, 3, 32, 32]
            names: Sequence[str], # a class for each image
           ) -> Tensor: # float32 [B]; nan where the judge does not know the class

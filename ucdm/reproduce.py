@@ -463,7 +463,7 @@ class Batch:
             self._take(lock)
             self.lock = lock.fileno()
             pool = ThreadPoolExecutor(self.workers)
-            old = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT)) if threading.current_thread() is threading.main_thread() else None
+            old = signal.signal(signal.SIGTERM, _interrupt) if threading.current_thread() is threading.main_thread() else None
             write = threading.Lock()
             def one(place, job):
                 if 0 < place < self.workers: self.stop.wait(2.0 * place) # kernels that start together get in each other's way
@@ -501,6 +501,9 @@ class Batch:
         if self.failed: self.echo("\nThe same command goes on where this one stopped.")
         self.echo(f"Summary: {self.out / 'index.html'}")
         return 130 if self.stop.is_set() else 1 if self.failed else 0
+
+
+def _interrupt(*_): raise KeyboardInterrupt
 
 
 def first_lines(text: str, n: int = 12) -> list[str]:
