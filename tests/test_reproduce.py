@@ -146,8 +146,9 @@ def begun(folder):
 def test_stopped_and_resumed(project, tmp_path, how):
     "Killed or interrupted in the second of two notebooks: its kernel goes too, and the same command does just the rest."
     folder = project(dict(notebooks=dict(a=None, b=None)), a=notebook(), b=waiting(tmp_path))
-    in_background = (lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if how == signal.SIGTERM else None  # as after `nohup ... &`
-    process = subprocess.Popen(arguments(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=in_background)
+    in_background = how == signal.SIGTERM  # as after `nohup ... &`, where SIGINT is ignored
+    start = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN if in_background else signal.SIG_DFL)
+    process = subprocess.Popen(arguments(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=start)
     kernel = until(lambda: begun(folder))
     process.send_signal(how)
     said, _ = process.communicate(timeout=60)
@@ -172,7 +173,7 @@ def test_two_batches_at_once(project, tmp_path):
         status, _, error = batch(folder)
         assert status == 1 and "another batch is writing" in error
     finally:
-        first.send_signal(signal.SIGINT)
+        first.send_signal(signal.SIGTERM)
         first.wait(60)
 
 

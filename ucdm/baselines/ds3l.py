@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['consistency', 'weighted_mean', 'WeightNet', 'directional', 'weight_gradient', 'DS3LConfig', 'DS3L']
 
-# %% ../../nbs/51_ds3l.ipynb #942e9930
-import math
+# %% ../../nbs/51_ds3l.ipynb #aba24d0e
+import math, warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.func import functional_call
 
 from .semi_supervised import Learner, SSLConfig, Stream, register
-from ..training import PRECISIONS
 
 # %% ../../nbs/51_ds3l.ipynb #a099dc50
 def consistency(f1: Tensor, # closed-set logits of one view [B, K]; no gradient goes through them
@@ -41,13 +40,14 @@ class WeightNet(nn.Sequential):
 
     def forward(self, p: Tensor) -> Tensor: return super().forward(p)[:, 0] # [B, K] -> [B]
 
-# %% ../../nbs/51_ds3l.ipynb #f94a8d9a
+# %% ../../nbs/51_ds3l.ipynb #cf031d54
 def directional(function: Callable, # of parameters by name, to numbers [B]
                 theta: dict[str, Tensor], # where
                 v: dict[str, Tensor], # direction
                ) -> Tensor: # [B]
     "Derivative of several functions in one direction, by forward-mode differentiation."
-    with torch.no_grad(), fwd.dual_level():
+    with torch.no_grad(), fwd.dual_level(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*torch.jit.script.* is deprecated") # of torch's own rules for forward mode
         return fwd.unpack_dual(function({k: fwd.make_dual(p.detach(), v[k]) for k, p in theta.items()})).tangent
 
 def weight_gradient(theta: dict[str, Tensor], # parameters by name
@@ -65,7 +65,7 @@ def weight_gradient(theta: dict[str, Tensor], # parameters by name
     r, total = directional(omega, theta, dict(zip(theta, torch.autograd.grad(value, list(ahead.values()))))), w.detach().sum().clamp_min(1e-12)
     return -beta * c / total * (r - (w.detach() * r).sum() / total), value.detach()
 
-# %% ../../nbs/51_ds3l.ipynb #22761438
+# %% ../../nbs/51_ds3l.ipynb #8408b83a
 @dataclass(frozen=True)
 class DS3LConfig(SSLConfig):
     "Settings of DS3L; defaults: those of the authors' code for CIFAR-10."
@@ -106,8 +106,7 @@ class DS3L(Learner):
 
     def logits(self, theta: dict[str, Tensor], buffers: dict[str, Tensor], *views: Tensor) -> tuple[Tensor, ...]:
         "Closed-set logits of several views, from one pass of the network with these parameters and running statistics."
-        with torch.autocast(self.device.type, PRECISIONS[self.config.precision], enabled=self.config.precision != "float32"):
-            return functional_call(self.model, (theta, buffers), (torch.cat(views),))[0].split([len(v) for v in views])
+        with self.autocast(): return functional_call(self.model, (theta, buffers), (torch.cat(views),))[0].split([len(v) for v in views])
 
     def update(self, batch):
         x, u, net, c, beta = batch["labelled"], batch["unlabelled"], self.aux["weight"], self.coefficient, self.config.meta_lr

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CUTS', 'corrected_labels', 'select', 'familiar_or_other', 'pile_scores', 'MTCFConfig', 'MTCF']
 
-# %% ../../nbs/52_mtcf.ipynb #a5b71c05
+# %% ../../nbs/52_mtcf.ipynb #3a3c9fc4
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .mixmatch import MixMatch, MixMatchConfig
-from .semi_supervised import Learner, Stream, otsu, register
-from ..wideresnet import batch_norm_mode, normalise
+from .semi_supervised import Learner, Stream, answers, otsu, register
+from ..wideresnet import batch_norm_mode
 
 # %% ../../nbs/52_mtcf.ipynb #dee7ea3d
 def corrected_labels(d: Tensor, # labels so far [N]
@@ -39,7 +39,7 @@ def select(d: Tensor, # labels [N]
     threshold = min(max(otsu(d[unlabelled]), low.item()), high.item())
     return unlabelled[(d[unlabelled] >= threshold).cpu()], threshold
 
-# %% ../../nbs/52_mtcf.ipynb #4a7e5f58
+# %% ../../nbs/52_mtcf.ipynb #d24536b5
 def familiar_or_other(f: Tensor, # closed-set logits [B, K]
                       a: Tensor, # logits of the familiarity s [B]
                       threshold: float, # tau_s, between 0 and 1
@@ -49,16 +49,14 @@ def familiar_or_other(f: Tensor, # closed-set logits [B, K]
     return torch.cat([log_p, (log_p.amax(1) + cut - a)[:, None]], 1).softmax(1)
 
 def pile_scores(learner: Learner,
-                score: Callable, # of normalised images [B, 3, H, W], to numbers [B]
-               ) -> Tensor: # [N], on the learner's device
+                score: Callable, # of a network and normalised images [B, 3, H, W], to numbers [B]
+               ) -> Tensor: # [N], on the CPU
     "A score of all images of the pile by the final network, without augmentation; found anew whenever that network has changed."
     state, known = learner.final.bn.running_mean, getattr(learner, "_pile_scores", None)
-    if known is None or not torch.equal(known[0], state):
-        with torch.no_grad(), batch_norm_mode(learner.final): scores = torch.cat([score(normalise(x)) for x in learner.images.split(256)])
-        learner._pile_scores = known = (state.clone(), scores)
+    if known is None or not torch.equal(known[0], state): learner._pile_scores = known = (state.clone(), answers(learner, learner.images, lambda model, x: (score(model, x),))[0])
     return known[1]
 
-# %% ../../nbs/52_mtcf.ipynb #98fa4a50
+# %% ../../nbs/52_mtcf.ipynb #0bd601ee
 CUTS = ("otsu", "half")
 
 @dataclass(frozen=True)
@@ -110,14 +108,14 @@ class MTCF(MixMatch):
         mixed = super().streams()
         return streams | mixed | {"unlabelled": replace(mixed["unlabelled"], items=chosen)}
 
-    def familiarity(self, x: Tensor, model: nn.Module|None=None) -> Tensor: # logits of s [B]
+    def familiarity(self, model: nn.Module, x: Tensor) -> Tensor: # logits of s [B]
         h, = self.features(x, model=model)
-        return (model or self.model).extra["familiar"](h)[:, 0]
+        return model.extra["familiar"](h)[:, 0]
 
     def loss(self, batch):
         everything, zero = batch["everything"], torch.zeros((), device=self.device)
         index = everything.index.to(self.device)
-        with batch_norm_mode(self.model, "batch") if self.joint else nullcontext(): a = self.familiarity(everything.views[0])
+        with batch_norm_mode(self.model, "batch") if self.joint else nullcontext(): a = self.familiarity(self.model, everything.views[0])
         L_d = F.binary_cross_entropy_with_logits(a, self.memory["d"][index])
         self.memory["latest"][index] = a.detach().sigmoid()
         mixed = super().loss(batch) if self.joint else {"loss": zero, "L_x": zero, "L_u": zero}
@@ -133,4 +131,4 @@ class MTCF(MixMatch):
         h, = self.features(x, model=model)
         f, a = model.closed_head(h), model.extra["familiar"](h)[:, 0]
         if model.training: return f, None
-        return f, familiar_or_other(f, a, .5 if self.config.cut == "half" else otsu(pile_scores(self, lambda x: self.familiarity(x, self.final).sigmoid())))
+        return f, familiar_or_other(f, a, .5 if self.config.cut == "half" else otsu(pile_scores(self, self.familiarity).sigmoid()))

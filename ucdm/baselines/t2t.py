@@ -82,7 +82,7 @@ def sharpened_consistency(f_w: Tensor, # closed-set logits of weak views [B, K];
     kl = F.kl_div(f_s.log_softmax(1), (f_w / temperature).log_softmax(1), reduction="none", log_target=True).sum(1)
     return (kl * mask).sum() / mask.sum().clamp_min(1), mask
 
-# %% ../../nbs/53_t2t.ipynb #96f281e9
+# %% ../../nbs/53_t2t.ipynb #826150bc
 @dataclass(frozen=True)
 class T2TConfig(SSLConfig):
     "Settings of T2T; defaults: the official ones for CIFAR-10."
@@ -138,7 +138,7 @@ class T2T(Learner):
     @property
     def matches(self) -> Tensor: # m [N]
         "How well the images of the pile match the classes they are taken for."
-        return pile_scores(self, lambda x: self.match(self.final, x)[1].sigmoid())
+        return pile_scores(self, lambda model, x: self.match(model, x)[1]).sigmoid()
 
     def streams(self):
         c = self.config
@@ -146,7 +146,7 @@ class T2T(Learner):
         if not self.second: return streams
         due = math.floor(self.stage_2 * c.selections + 1e-6)
         if self.notes.get("selection", -1) < due:
-            self.notes["selection"], self.memory["chosen"] = due, (self.matches > otsu(self.matches)).float().cpu()
+            self.notes["selection"], self.memory["chosen"] = due, (self.matches > otsu(self.matches)).float()
         chosen = self.memory["chosen"][self.unlabelled] > 0
         return streams | {"unlabelled": Stream(self.unlabelled[chosen], c.ratio * c.batch_size, ("weak", "strong"))}
 
@@ -180,5 +180,5 @@ class T2T(Learner):
 
     def predict(self, images, batch_norm="running", other=None):
         "Closed-set and open-set prediction; `other` may also be \"matching\"."
-        rule, (logits, q) = other or self.config.other, answers(self, images, batch_norm)
+        rule, (logits, q) = other or self.config.other, answers(self, images, batch_norm=batch_norm)
         return logits.softmax(1), q if rule == "matching" else with_other(logits, rule, self.notes.get(rule))
