@@ -44,25 +44,25 @@ torch.set_num_threads(1)
 import test_runs as t
 from ucdm.store import PairStore
 append = PairStore.append
-def said(self, first, *tensors):
-    append(self, first, *tensors)
-    print(first, flush=True)
-    if first == 8: import time; time.sleep(600)
+def said(self, ids, images):
+    append(self, ids, images)
+    print(self.spec["kind"], ids[0], flush=True)
+    if self.spec["kind"] == "positive" and ids[0] == 8: import time; time.sleep(600)
 PairStore.append = said
 t.generate(t.load_prior("fashion-mnist", dtype=torch.float32), t.load_dataset("fashion-mnist", "train")[torch.arange(20)].unlabelled(), {store!r})
 """
 
 
 def test_pairs_killed_and_resumed(tmp_path, prior, seeds):
-    "Killed after three of five shards: those are not made again, and all pairs are what an undisturbed run gives."
+    "Killed after three of five shards of positives and two of negatives: those are not made again, and all pairs are what an undisturbed run gives."
     store = tmp_path / "pairs"
     child = subprocess.Popen([sys.executable, "-c", CHILD.format(tests=os.path.dirname(__file__), store=str(store))], stdout=subprocess.PIPE, text=True)
     for line in child.stdout:
-        if line.strip() == "8": break
+        if line.strip() == "positive 8": break
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -9
-    shards = sorted(store.glob("*.safetensors"))
-    assert len(shards) == 3
+    shards = sorted(store.rglob("*.safetensors"))
+    assert len(shards) == 5
     written = [p.stat().st_mtime_ns for p in shards]
     torch.set_num_threads(1)
     try: resumed, whole = generate(prior, seeds, store), generate(prior, seeds, tmp_path / "undisturbed")
@@ -76,13 +76,12 @@ def test_pairs_killed_and_resumed(tmp_path, prior, seeds):
 def test_damaged_shard(tmp_path, prior, seeds, damage):
     "The damaged shard is named, with what to do; doing it brings the same pairs back."
     before = generate(prior, seeds[torch.arange(8)], tmp_path)
-    shard = tmp_path / "pairs-0000004.safetensors"
+    shard = next((tmp_path / "negative").glob("pairs-0000004-*.safetensors"))
     content = shard.read_bytes()
     if damage == "missing": shard.unlink()
     else: shard.write_bytes(content[:-100] if damage == "truncated" else content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(CorruptShard, match=rf"pairs-0000004.*{'missing' if damage == 'missing' else 'truncated or altered'}.*repair\(\)"): generate(prior, seeds[torch.arange(8)], tmp_path)
-    store = PairStore(tmp_path, json.loads((tmp_path / "spec.json").read_text()))
-    assert [e["first"] for e in store.repair()] == [4]
+    assert [e["ids"] for e in PairStore(tmp_path / "negative").repair()] == [[4, 5, 6, 7]]
     after = generate(prior, seeds[torch.arange(8)], tmp_path)
     assert torch.equal(before.positives, after.positives) and torch.equal(before.negatives, after.negatives)
 
@@ -99,11 +98,11 @@ def room_for(n_bytes):
 def test_full_disk_while_generating(tmp_path, prior, seeds):
     "One error that names the shard; what was written stays, and the rest follows when there is room."
     first = generate(prior, seeds[torch.arange(8)], tmp_path / "whole")
-    generate_some = PairStore(tmp_path / "pairs", json.loads((tmp_path / "whole" / "spec.json").read_text()))
-    generate_some.append(0, first.positives[:4], first.negatives[:4])
+    for kind, images in (("positive", first.positives), ("negative", first.negatives)):
+        PairStore(tmp_path / "pairs" / kind, PairStore(tmp_path / "whole" / kind).spec).append([0, 1, 2, 3], images[:4])
     with room_for(20_000), pytest.raises(OSError, match=r"could not write .*pairs-0000004.*Make room") as e: generate(prior, seeds[torch.arange(8)], tmp_path / "pairs")
     assert e.value.errno == errno.EFBIG
-    assert not list((tmp_path / "pairs").glob("*.partial"))
+    assert not list((tmp_path / "pairs").rglob("*.partial"))
     assert torch.equal(generate(prior, seeds[torch.arange(8)], tmp_path / "pairs").negatives, first.negatives)
 
 

@@ -10,7 +10,7 @@ __all__ = ['PAPER_TABLES', 'SOURCE', 'ROUNDING', 'SLIPS', 'METHOD_LABELS', 'METH
 
 # %% ../nbs/81_report.ipynb #3be4a7b6
 import base64, io, json, math, re, statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -397,20 +397,39 @@ def measured_vs_paper(results: Iterable[RunResult], # what was measured
     return Comparison(frame, f"In percent. Measured: mean ± sample standard deviation of {runs}. Paper: means of three runs, bold and underlined as printed.")
 
 # %% ../nbs/81_report.ipynb #b339bfb2
-def settings_note(results: Iterable[RunResult]) -> Markdown:
-    "How the measured runs differ from the paper's settings (Tables 16 and 17): a paragraph a method."
-    results, paragraphs = list(results), []
-    for method in dict.fromkeys(r.spec.method for r in results):
-        mine = [r for r in results if r.spec.method == method]
-        spec = mine[0].spec
-        plain = replace(spec, pairs={}, train={}, differences={})
-        configs = [(method_config(spec), method_config(plain))] + ([(pair_config(spec), pair_config(plain))] if get_method(method).uses_pairs else [])
-        source, unchanged = ("paper", "All other settings are the paper's.") if method == "ucdm" else ("default", "All other settings are the defaults.")
-        changed = [f"`{f.name}` {getattr(now, f.name)} ({source}: {getattr(then, f.name)})" for now, then in configs if now is not None for f in fields(now) if getattr(now, f.name) != getattr(then, f.name)]
-        sizes = sorted({r.seeds["n"] for r in mine})
-        counts = f"{sizes[0]:,}" + (f" to {sizes[-1]:,}" if len(sizes) > 1 else "")
-        generator = f", pairs by the generator `{spec.prior}` (paper: Stable Diffusion 2)" if get_method(method).uses_pairs else ""
-        paragraphs.append(f"**{METHOD_LABELS.get(method, method)} here:** {counts} seed images{generator}. " + (f"Other settings: {', '.join(changed)}." if changed else unchanged))
+def _changed(spec: RunSpec) -> dict[str, tuple]: # field -> value here, default
+    "What differs from the method's defaults."
+    plain = replace(spec, pairs={}, train={}, differences={})
+    configs = [(method_config(spec), method_config(plain))] + ([(pair_config(spec), pair_config(plain))] if get_method(spec.method).uses_pairs else [])
+    return {f.name: (getattr(now, f.name), getattr(then, f.name)) for now, then in configs if now is not None for f in fields(now) if getattr(now, f.name) != getattr(then, f.name)}
+
+
+def settings_note(results: Iterable[RunResult],
+                  left_out: Mapping[str, str] = {}, # methods that were not run -> why
+                 ) -> Markdown:
+    "How the measured runs differ from the paper's settings (Tables 16 and 17): a paragraph on UCDM, one on the compared methods, one on what was left out."
+    results, label = list(results), lambda m: METHOD_LABELS.get(m, m)
+    of = {m: [r for r in results if r.spec.method == m] for m in dict.fromkeys(r.spec.method for r in results)}
+    changed = {m: _changed(rs[0].spec) for m, rs in of.items()}
+    def counts(rs, key):
+        sizes = sorted({r.seeds.get(key, 0) for r in rs})
+        return f"{sizes[0]:,}" + (f" to {sizes[-1]:,}" if len(sizes) > 1 else "")
+    paragraphs = []
+    if "ucdm" in of:
+        own = ", ".join(f"`{k}` {now} (paper: {then})" for k, (now, then) in changed["ucdm"].items())
+        paragraphs.append(f"**{label('ucdm')} here:** {counts(of['ucdm'], 'n')} seed images, pairs by the generator `{of['ucdm'][0].spec.prior}` (paper: Stable Diffusion 2). " + (f"Other settings: {own}." if own else "All other settings are the paper's."))
+    if others := [m for m in of if m != "ucdm"]:
+        pool = [r for m in others for r in of[m]]
+        values = {k: {str(changed[m][k][0]) for m in others if k in changed[m]} for m in others for k in changed[m]}
+        shared = {k for k, v in values.items() if len(v) == 1 and sum(k in changed[m] for m in others) > 1}
+        parts = [f"{label(m)} " + ", ".join(f"`{k}` {now} (default: {then})" for k, (now, then) in changed[m].items() if k not in shared) for m in others if set(changed[m]) - shared]
+        few = [r for r in pool if get_method(r.spec.method).config_type and "labels_per_class" in {f.name for f in fields(get_method(r.spec.method).config_type)} and r.spec.method != "supervised_all"]
+        told = f", {counts(few, 'labelled')} of them labelled" if few else ""
+        paragraphs.append(f"**The compared methods** ({', '.join(map(label, others))}): {counts(pool, 'n')} seed images{told}. "
+                          + (f"In common, where a method has the setting: {', '.join(f'`{k}` {next(iter(values[k]))}' for k in values if k in shared)}. " if shared else "") + (f"Besides: {'; '.join(parts)}. " if parts else "") + "The rest is as their authors have it.")
+        small = {m: of[m][0].seeds.get("test") for m in others if of[m][0].seeds.get("test") != results[0].seeds.get("test")}
+        if small: paragraphs.append("Tested on fewer images: " + "; ".join(f"{label(m)} on {', '.join(f'{n:,} {g}' for g, n in t.items())}" for m, t in small.items() if t) + ".")
+    paragraphs += [f"**{label(m)}** is left out: it {why}." for m, why in left_out.items()]
     return Markdown("\n\n".join(paragraphs))
 
 # %% ../nbs/81_report.ipynb #c8d7c5f9

@@ -6,9 +6,9 @@
 __all__ = ['METHODS', 'RESULT_VERSION', 'SPEED_ONLY', 'nearest', 'fits', 'type_name', 'check_fields', 'RunSpec', 'canonical',
            'describe', 'grid', 'Method', 'register_method', 'get_method', 'Task', 'fit_ucdm', 'pair_config',
            'method_config', 'prior_identity', 'identity', 'spec_hash', 'code_hash', 'cache_folder', 'locked', 'say',
-           'human_time', 'atomic_json', 'mark_done', 'CorruptResult', 'checked_json', 'run_split', 'pool_folder',
-           'pair_set', 'ids_tensor', 'watched', 'labelled_seeds', 'provenance', 'device_name', 'git_state', 'RunResult',
-           'labelling_rounds', 'run', 'read_result', 'RunsFailed', 'run_many']
+           'human_time', 'atomic_json', 'mark_done', 'CorruptResult', 'checked_json', 'run_prior', 'run_split',
+           'pool_folder', 'pair_set', 'ids_tensor', 'watched', 'labelled_seeds', 'provenance', 'device_name',
+           'git_state', 'RunResult', 'labelling_rounds', 'run', 'read_result', 'RunsFailed', 'run_many']
 
 # %% ../nbs/80_runs.ipynb #a1bf5bcc
 import ast, difflib, fcntl, hashlib, importlib, inspect, json, math, os, pkgutil, platform, re, resource, subprocess, sys, threading, time, types, typing, warnings
@@ -75,7 +75,7 @@ class RunSpec:
     prior: str = "fashion-mnist"      # the generator: a packaged prior, a folder, or a hub id
     n_seeds: int | None = None        # cap on the number of seeds; None takes the paper's counts
     n_test: int | None = None         # cap on the test images of each group; None takes the paper's counts
-    pairs: dict = field(default_factory=dict)        # overrides of PairConfig
+    pairs: dict = field(default_factory=dict)        # overrides of PairConfig, or of one of its presets: {"preset": "strong_erasure"}
     train: dict = field(default_factory=dict)        # overrides of the method's configuration
     differences: dict = field(default_factory=dict)  # overrides of Differences
 
@@ -123,6 +123,8 @@ class Method:
     fit: Callable            # Task -> object with predict
     config: type | str | None  # its configuration, a frozen dataclass (or "module:name" of one); None if it has none
     uses_pairs: bool         # whether it asks for generated pairs
+    uses_prior: bool         # whether the generator decides its result: it asks for pairs, or for the generator itself
+    least_known: int = 1     # known classes that it needs
 
     @property
     def config_type(self) -> type | None: return pkgutil.resolve_name(self.config) if isinstance(self.config, str) else self.config
@@ -130,10 +132,10 @@ class Method:
 
 METHODS: dict[str, Method] = {}
 
-def register_method(name: str, config: type | str | None = None, uses_pairs: bool = False):
+def register_method(name: str, config: type | str | None = None, uses_pairs: bool = False, uses_prior: bool = False, least_known: int = 1):
     "Decorator: make `fit(task)` known as method `name`."
     def register(fit):
-        METHODS[name] = Method(name, fit, config, uses_pairs)
+        METHODS[name] = Method(name, fit, config, uses_pairs, uses_prior or uses_pairs, least_known)
         return fit
     return register
 
@@ -177,11 +179,12 @@ def fit_ucdm(task: Task): # ucdm.training.UCDM
 
 # %% ../nbs/80_runs.ipynb #cb0a794c
 def pair_config(spec: RunSpec): # ucdm.pairs.PairConfig
-    "How the pairs of a run are generated."
+    "How the pairs of a run are generated; `preset` in its `pairs` names a setting to start from."
     from ucdm.pairs import PairConfig
+    changes = {k: v for k, v in spec.pairs.items() if k != "preset"}
     shared = {f.name for f in fields(Differences)} & {f.name for f in fields(PairConfig)} & set(spec.differences)
-    check_fields(spec.pairs, PairConfig, "RunSpec pairs", {name: "it is already set in `differences`" for name in shared})
-    return PairConfig(**{name: spec.differences[name] for name in shared} | spec.pairs)
+    check_fields(changes, PairConfig, "RunSpec pairs", {name: "it is already set in `differences`" for name in shared})
+    return PairConfig.preset(spec.pairs.get("preset", "paper"), **{name: spec.differences[name] for name in shared} | changes)
 
 
 def method_config(spec: RunSpec): # the method's dataclass, or None
@@ -201,7 +204,7 @@ def method_config(spec: RunSpec): # the method's dataclass, or None
     return replace(base, **{k: tuple(v) if isinstance(v, list) else v for k, v in spec.train.items()})
 
 # %% ../nbs/80_runs.ipynb #045af81f
-RESULT_VERSION = 1 # raise it when results of earlier code must not be used any more
+RESULT_VERSION = 2 # raise it when results of earlier code must not be used any more
 SPEED_ONLY = ("compile",) # settings that do not change what comes out
 
 @lru_cache
@@ -227,7 +230,8 @@ def identity(spec: RunSpec) -> dict:
     known = {} if config is None else {k: v for k, v in asdict(config).items() if k not in SPEED_ONLY}
     classes = asdict(class_split(spec.dataset, spec.class_split))
     out = dict(version=RESULT_VERSION, method=spec.method, dataset=spec.dataset, classes=classes, mismatch=spec.mismatch, seed=spec.seed, split_seed=spec.split_seed, n_seeds=spec.n_seeds, n_test=spec.n_test, config=known)
-    if method.uses_pairs: out |= dict(prior=prior_identity(spec.prior), pairs=asdict(pair_config(spec)))
+    if method.uses_prior: out |= dict(prior=prior_identity(spec.prior))
+    if method.uses_pairs: out |= dict(pairs=asdict(pair_config(spec)))
     return json.loads(canonical(out))
 
 
@@ -344,6 +348,11 @@ def _prior(name, _):
     return load_prior(name)
 
 
+def run_prior(spec: RunSpec): # ucdm.prior.Prior
+    "The generator of a run, loaded once."
+    return _prior(spec.prior, prior_identity(spec.prior))
+
+
 def run_split(spec: RunSpec, root: str | Path | None = None): # ucdm.splits.CDMSplit
     "Which images a run is about."
     from ucdm.splits import cdm_split
@@ -351,23 +360,12 @@ def run_split(spec: RunSpec, root: str | Path | None = None): # ucdm.splits.CDMS
     return cdm_split(images, spec.mismatch, spec.split_seed, class_split=spec.class_split, n_seeds=spec.n_seeds, n_test=spec.n_test)
 
 
-def pool_folder(spec: RunSpec, split, train, cache: Path) -> Path:
-    "Where pairs like those of this run are kept."
+def pool_folder(spec: RunSpec, kind: str, split, train, cache: Path) -> Path:
+    "Where positives, or negatives, like those of this run are kept."
     config = pair_config(spec)
-    decides = dict(prior=prior_identity(spec.prior), data=train.unlabelled().fingerprint, classes=list(split.known_names), config=asdict(config))
+    decides = dict(kind=kind, prior=prior_identity(spec.prior), data=train.unlabelled().fingerprint, classes=list(split.known_names), config=config.deciding(kind))
     if config.pairing != "aligned": decides["ids"] = split.seed_index.tolist()
     return cache / "pairs" / hashlib.sha256(canonical(decides).encode()).hexdigest()[:16]
-
-
-def _pieces(pool: Path) -> dict[int, tuple[Path, int]]:
-    "Image id -> (piece, row) for everything complete in a pool."
-    from ucdm.store import PairStore
-    held = {}
-    for file in sorted(pool.glob("*/ids.json")):
-        if not (file.parent / "spec.json").exists(): continue
-        if PairStore(file.parent, json.loads((file.parent / "spec.json").read_text())).missing(1 << 30): continue
-        for row, i in enumerate(json.loads(file.read_text())["ids"]): held.setdefault(i, (file.parent, row))
-    return held
 
 
 def pair_set(spec: RunSpec, # whose pairs
@@ -375,36 +373,33 @@ def pair_set(spec: RunSpec, # whose pairs
              root: str | Path | None = None, # of the data set
              bars: bool = False, # show a progress bar
             ): # ucdm.store.PairSet, one entry a seed, in the order of `split.seed_index`
-    "The pairs of a run's seeds: from the pool, after generating what it lacks."
-    import torch
+    "The pairs of a run's seeds: from the pools, after generating what they lack."
+    from ucdm.pairs import KINDS
     from ucdm.store import CorruptShard, PairSet, PairStore
     split, train = run_split(spec, root), _dataset(spec.dataset, "train", root)
-    ids = [int(i) for i in split.seed_index]
-    pool = pool_folder(spec, split, train, cache_folder(cache))
-    with locked(pool / ".lock", "these pairs"):
-        lacking = [i for i in ids if i not in _pieces(pool)]
-        if lacking: _generate(spec, split, train, pool, lacking if pair_config(spec).pairing != "aligned" else sorted(lacking), bars)
-        held = _pieces(pool)
-        made = {}
-        for piece in sorted({held[i][0] for i in ids}):
-            read = lambda: PairStore(piece, json.loads((piece / "spec.json").read_text())).load()
-            try: made[piece] = read()
+    ids = split.seed_index.tolist()
+    pools = {kind: pool_folder(spec, kind, split, train, cache_folder(cache)) for kind in KINDS}
+    made = {}
+    with locked(pools["positive"] / ".wait", "these pairs"), locked(pools["negative"] / ".wait", "these pairs"):
+        stores = {kind: PairStore(pool) for kind, pool in pools.items() if (pool / "spec.json").exists()}
+        if len(stores) < len(pools) or any(s.missing(ids, len(ids)) for s in stores.values()): stores = _fill(spec, split, train, pools, ids, bars)
+        for kind in KINDS:
+            try: made[kind] = stores[kind].load(ids)
             except CorruptShard as e:
                 warnings.warn(f"{e} Doing so now.")
-                PairStore(piece, json.loads((piece / "spec.json").read_text())).repair()
-                _generate(spec, split, train, pool, json.loads((piece / "ids.json").read_text())["ids"], bars)
-                made[piece] = read()
-    rows = [held[i] for i in ids]
-    return PairSet(*(torch.stack([getattr(made[p], name)[r] for p, r in rows]) for name in ("positives", "negatives")), tuple(split.known_names))
+                stores[kind].repair()
+                made[kind] = _fill(spec, split, train, pools, ids, bars)[kind].load(ids)
+    return PairSet(*made.values(), tuple(split.known_names))
 
 
-def _generate(spec, split, train, pool, ids, bars):
-    from ucdm.pairs import generate_pairs
-    piece = pool / hashlib.sha256(canonical(ids).encode()).hexdigest()[:12]
-    atomic_json(piece / "ids.json", dict(ids=ids))
-    counted = lambda: sum(json.loads(line)["count"] for line in (piece / "index.jsonl").read_text().splitlines(keepends=True) if line.endswith("\n")) if (piece / "index.jsonl").exists() else 0
-    with watched(counted, len(ids), "seeds have their pairs", quiet=bars):
-        generate_pairs(_prior(spec.prior, prior_identity(spec.prior)), train[ids_tensor(ids)].unlabelled(), tuple(split.known_names), pair_config(spec), store=piece, ids=ids, progress=bars)
+def _fill(spec, split, train, pools, ids, bars):
+    from ucdm.pairs import fill_stores, pair_stores
+    prior, config, order = run_prior(spec), pair_config(spec), ids if pair_config(spec).pairing != "aligned" else sorted(ids)
+    stores = pair_stores(pools, prior.fingerprint, train.unlabelled().fingerprint, split.known_names, config, order)
+    held = lambda: sum(len({i for e in s.index() for i in e["ids"]}.intersection(ids)) for s in stores.values()) // len(stores)
+    with watched(held, len(ids), "seeds have their pairs", quiet=bars):
+        fill_stores(stores, prior, train[ids_tensor(order)].unlabelled(), order, split.known_names, config, progress=bars)
+    return stores
 
 
 def ids_tensor(ids):
@@ -472,11 +467,12 @@ class RunResult:
     "What came out of a run."
     spec: RunSpec
     hash: str              # spec_hash(spec) when it was computed
-    protocols: dict        # batch norm at test time ("running", "group_pure", "mixed"; "running+<rule>": with that rule for "other") -> metric -> percent
+    protocols: dict        # batch norm at test time ("running", "group_pure", "mixed"; "running+<rule>": with that rule for "other"; "last_epochs": mean over the last five epochs) -> metric -> percent
     rounds: list           # a dict a labelling round: round (from 1), selected and correct [K + 1], unlabelled (before it)
     epochs: list           # a dict an epoch: round, epoch (from 1), loss
     seeds: dict            # n, labelled: how many labels the method was given, true counts of the K classes and "other" [K + 1]
     provenance: dict
+    curves: dict = field(default_factory=dict) # ucdm.metrics.curves with running statistics
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -533,14 +529,14 @@ def read_result(path: str | Path, spec: RunSpec | None = None) -> RunResult:
     content = checked_json(path)
     try:
         back = {p: {k: math.nan if v is None else v for k, v in m.items()} for p, m in content["protocols"].items()}
-        result = RunResult(spec or RunSpec(**content["spec"]), content["hash"], back, *(content[k] for k in ("rounds", "epochs", "seeds", "provenance")))
+        result = RunResult(spec or RunSpec(**content["spec"]), content["hash"], back, *(content[k] for k in ("rounds", "epochs", "seeds", "provenance", "curves")))
     except (KeyError, TypeError) as e: raise CorruptResult(f"{path} lacks what a result has ({e!r})") from None
     if spec is not None and result.hash != spec_hash(spec): raise CorruptResult(f"{path} holds the result of another run ({RunSpec(**content['spec'])})")
     return result
 
 
 def _compute(spec, name, folder, partial, root, progress) -> RunResult:
-    from ucdm.metrics import BATCH_NORM_PROTOCOLS, evaluate
+    from ucdm.metrics import BATCH_NORM_PROTOCOLS, evaluate, evaluate_with_curves
     method, config, began, where = get_method(spec.method), method_config(spec), time.perf_counter(), provenance()
     seconds = {}
     @contextmanager
@@ -567,13 +563,17 @@ def _compute(spec, name, folder, partial, root, progress) -> RunResult:
         truth = split.true_labels(train)
         groups = split.test(_dataset(spec.dataset, "test", root))
         ways = BATCH_NORM_PROTOCOLS if "batch_norm" in inspect.signature(fitted.predict).parameters else ("running",)
-        protocols = {p: evaluate(fitted.predict, groups, p) for p in ways}
+        running, curves = evaluate_with_curves(fitted.predict, groups)
+        protocols = {p: running if p == "running" else evaluate(fitted.predict, groups, p) for p in ways}
         protocols |= {f"running+{rule}": evaluate(lambda images, rule=rule: fitted.predict(images, other=rule), groups) for rule in getattr(fitted, "other_rules", ())}
+        if hasattr(fitted, "snapshots"):
+            each = [evaluate(f.predict, groups) for f in fitted.snapshots()]
+            protocols["last_epochs"] = {k: sum(m[k] for m in each) / len(each) for k in each[0]}
     history, K = getattr(fitted, "history", []), split.n_known
     epochs = [dict(round=h["round"] + 1, epoch=h["epoch"] + 1, loss=h["loss"]) for h in history if h.get("kind") == "epoch"]
-    where |= dict(code=code_hash(spec.method), seconds=seconds, peak_memory_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024), data=dict(train=train.fingerprint[:16], split=split.hash), prior=prior_identity(spec.prior) if method.uses_pairs else None)
+    where |= dict(code=code_hash(spec.method), seconds=seconds, peak_memory_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024), data=dict(train=train.fingerprint[:16], split=split.hash), prior=prior_identity(spec.prior) if method.uses_prior else None)
     seeds = dict(n=len(truth), labelled=given, true=[int((truth == k).sum()) for k in range(K + 1)], classes=[*split.known_names, "other"], test={g: len(x[0]) for g, x in groups.items()})
-    return RunResult(spec, name, protocols, labelling_rounds(history, truth, K), epochs, seeds, where)
+    return RunResult(spec, name, protocols, labelling_rounds(history, truth, K), epochs, seeds, where, curves)
 
 # %% ../nbs/80_runs.ipynb #12e03443
 class RunsFailed(RuntimeError):

@@ -7,6 +7,7 @@ __all__ = ['PairSet', 'CorruptShard', 'PairStore']
 
 # %% ../nbs/22_store.ipynb #5b980da3
 import fcntl, hashlib, json, os
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,44 +33,44 @@ class PairSet:
 class CorruptShard(ValueError): "A shard whose content is not what was written."
 
 class PairStore:
-    "A folder of pair shards for one specification. Opening an existing folder with another specification raises ValueError."
-    def __init__(self, folder: Path | str, spec: dict): # JSON-able: whatever decides the content, with "n_seeds" and "classes"
-        self.folder, self.spec = Path(folder), json.loads(json.dumps(spec))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        spec_file = self.folder / "spec.json"
-        if not spec_file.exists(): write_atomic(spec_file, json.dumps(self.spec, indent=1).encode())
-        elif (found := json.loads(spec_file.read_text())) != self.spec:
+    "A folder of generated images, the positives or the negatives, by seed image id. Opening an existing folder with another specification raises ValueError."
+    def __init__(self, folder: Path | str,
+                 spec: dict | None = None, # JSON-able: whatever decides the content; None takes what an existing folder says
+                ):
+        self.folder = Path(folder)
+        spec_file, self.index_file = self.folder / "spec.json", self.folder / "index.jsonl"
+        found = json.loads(spec_file.read_text()) if spec_file.exists() else None
+        if spec is None and found is None: raise ValueError(f"{self.folder} is not a pair store: it has no spec.json.")
+        self.spec = found if spec is None else json.loads(json.dumps(spec))
+        if found is None: write_atomic(spec_file, json.dumps(self.spec, indent=1))
+        elif found != self.spec:
             differ = sorted(k for k in {*found, *self.spec} if found.get(k) != self.spec.get(k))
             raise ValueError(f"{self.folder} holds pairs of another specification (they differ in {', '.join(differ)}). Choose another folder, or delete this one.")
-        self.index_file = self.folder / "index.jsonl"
 
-    def index(self) -> dict[int, dict]: # first seed -> {"first", "count", "file", "sha256"}
+    def index(self) -> list[dict]: # {"ids", "file", "sha256"}
         "Every complete shard. A last line cut off by a kill is ignored."
-        if not self.index_file.exists(): return {}
-        lines = [json.loads(line) for line in self.index_file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        return {e["first"]: e for e in lines}
+        if not self.index_file.exists(): return []
+        return [json.loads(line) for line in self.index_file.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
-    def missing(self, shard_size: int) -> list[tuple[int, int]]: # [(first, count), ...]
-        "The runs of seeds that no shard holds yet, in pieces of at most `shard_size`."
-        present = torch.zeros(self.spec["n_seeds"], dtype=torch.bool)
-        for e in self.index().values(): present[e["first"]:e["first"] + e["count"]] = True
-        todo, n, i = [], len(present), 0
-        while i < n:
-            if present[i]: i += 1; continue
-            j = i
-            while j < n and not present[j] and j - i < shard_size: j += 1
-            todo.append((i, j - i)); i = j
-        return todo
+    def missing(self, ids: Sequence[int], # wanted
+                shard_size: int, # at most this many at a time
+               ) -> list[list[int]]:
+        "What no shard holds yet, in the groups in which it should be made: they depend on `ids` alone, whatever part of it is there already."
+        held = {i for e in self.index() for i in e["ids"]}
+        groups = ([i for i in ids[a:a + shard_size] if i not in held] for a in range(0, len(ids), shard_size))
+        return [g for g in groups if g]
 
-    def append(self, first: int, positives: Tensor, negatives: Tensor) -> None:
-        "Add the pairs of seeds `first`, `first + 1`, ...; uint8 [n, K, 3, H, W] each."
-        content = save({"positives": positives.contiguous(), "negatives": negatives.contiguous()})
-        entry = dict(first=first, count=len(positives), file=f"pairs-{first:07d}.safetensors", sha256=hashlib.sha256(content).hexdigest())
+    def append(self, ids: Sequence[int], images: Tensor) -> None:
+        "Add the images of some seeds; uint8 [n, K, 3, H, W]."
+        content = save({"images": images.contiguous()})
+        sha256 = hashlib.sha256(content).hexdigest()
+        entry = dict(ids=list(ids), file=f"pairs-{ids[0]:07d}-{sha256[:8]}.safetensors", sha256=sha256)
         write_atomic(self.folder / entry["file"], content)
-        lines = "".join(json.dumps(e) + "\n" for e in self.index().values() if e["first"] != first) if self._index_is_torn() else None
-        if lines is not None: write_atomic(self.index_file, lines.encode())
+        if self._index_is_torn(): self._write_index(self.index())
         with open(self.index_file, "a") as f:
             f.write(json.dumps(entry) + "\n"); f.flush(); os.fsync(f.fileno())
+
+    def _write_index(self, entries: list[dict]): write_atomic(self.index_file, "".join(json.dumps(e) + "\n" for e in entries))
 
     def _index_is_torn(self) -> bool:
         if not self.index_file.exists() or not self.index_file.stat().st_size: return False
@@ -77,37 +78,41 @@ class PairStore:
             f.seek(-1, os.SEEK_END)
             return f.read(1) != b"\n"
 
-    def read(self, entry: dict) -> dict[str, Tensor]:
-        "The tensors of one shard, checked. CorruptShard if the file is missing, truncated or altered."
+    def read(self, entry: dict) -> Tensor: # uint8 [n, K, 3, H, W]
+        "The images of one shard, checked. CorruptShard if the file is missing, truncated or altered."
         path = self.folder / entry["file"]
         content = path.read_bytes() if path.exists() else b""
         if hashlib.sha256(content).hexdigest() != entry["sha256"]:
             what = "is missing" if not content else "was truncated or altered since it was written"
             raise CorruptShard(f"{path} {what}. Call PairStore.repair() (or delete the file's line from {self.index_file.name}) and generate again: only this shard is made anew.")
-        return load(content)
+        return load(content)["images"]
 
     def verify(self) -> list[dict]: # entries of bad shards
         "Check every shard."
         bad = []
-        for e in self.index().values():
+        for e in self.index():
             try: self.read(e)
             except CorruptShard: bad.append(e)
         return bad
 
     def repair(self) -> list[dict]: # the entries that were dropped
         "Drop bad shards from the index, so that generating again makes just those."
-        bad = self.verify()
-        if bad:
-            keep = [e for e in self.index().values() if e not in bad]
-            write_atomic(self.index_file, "".join(json.dumps(e) + "\n" for e in keep).encode())
+        if bad := self.verify(): self._write_index([e for e in self.index() if e not in bad])
         return bad
 
-    def load(self) -> PairSet:
-        "All pairs, in the order of the seeds. ValueError if some are still missing."
-        if todo := self.missing(1 << 30):
-            raise ValueError(f"{self.folder} is incomplete: seeds {', '.join(f'{a}-{a + n - 1}' for a, n in todo[:5])} have no pairs yet. Generate again: it goes on from there.")
-        shards = [self.read(e) for _, e in sorted(self.index().items())]
-        return PairSet(*(torch.cat([s[k] for s in shards]) for k in ("positives", "negatives")), tuple(self.spec["classes"]))
+    def load(self, ids: Sequence[int]) -> Tensor: # uint8 [N, K, 3, H, W]
+        "The images of these seeds, in this order. ValueError if some are still missing."
+        if lacking := [i for group in self.missing(ids, len(ids)) for i in group]:
+            raise ValueError(f"{self.folder} lacks {len(lacking)} of {len(ids)} seeds ({', '.join(map(str, lacking[:5]))}{', ...' if len(lacking) > 5 else ''}). Generate again: it goes on from there.")
+        place = {i: n for n, i in enumerate(ids)}
+        out = None
+        for e in self.index():
+            rows = [r for r, i in enumerate(e["ids"]) if i in place]
+            if not rows: continue
+            images = self.read(e)
+            if out is None: out = images.new_empty((len(ids), *images.shape[1:]))
+            out[[place[e["ids"][r]] for r in rows]] = images[rows]
+        return out
 
     @contextmanager
     def lock(self):

@@ -96,7 +96,7 @@ class CCSSL(FixMatch):
     Config = CCSSLConfig
 
     def heads(self):
-        n = self.model.n_features
+        n = self.n_features
         return {"project": nn.Sequential(nn.Linear(n, n), nn.ReLU(), nn.Linear(n, self.config.projection))}
 
     def streams(self):

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..prior import Prior
-from ..runs import _prior, check_fields, prior_identity, register_method
+from ..runs import check_fields, register_method, run_prior
 from ..schedule import add_noise
 from ..training import generator
 
@@ -96,7 +96,7 @@ class DiffusionClassifier:
 
     def __repr__(self): return f"DiffusionClassifier({', '.join(self.classes)}; {self.config.draws} draws; {self.prior!r})"
 
-@register_method("diffusion_classifier", config=DiffusionClassifierConfig)
+@register_method("diffusion_classifier", config=DiffusionClassifierConfig, uses_prior=True)
 def fit_diffusion_classifier(task): # DiffusionClassifier
     "The prior of a run as classifier of a task's classes."
-    return DiffusionClassifier(_prior(task.spec.prior, prior_identity(task.spec.prior)), task.classes, task.config, task.bars)
+    return DiffusionClassifier(run_prior(task.spec), task.classes, task.config, task.bars)

@@ -61,7 +61,7 @@ class IOMatch(Learner):
     Config, open_set = IOMatchConfig, True
 
     def heads(self):
-        n, K = self.model.n_features, self.n_known
+        n, K = self.n_features, self.n_known
         return {"project": nn.Sequential(nn.Linear(n, n), nn.ReLU(), nn.Linear(n, n)), "binary": nn.Linear(n, 2 * K, bias=False), "open": nn.Linear(n, K + 1)}
 
     def setup(self): self.memory["recent"] = torch.zeros(self.config.recent, self.n_known, device=self.device)

@@ -81,7 +81,7 @@ class MTCF(MixMatch):
     "MTCF (Yu et al., ECCV 2020) on MixMatch."
     Config, open_set = MTCFConfig, True
 
-    def heads(self): return {"familiar": nn.Linear(self.model.n_features, 1)}
+    def heads(self): return {"familiar": nn.Linear(self.n_features, 1)}
 
     def setup(self):
         d = (self.labels >= 0).float().to(self.device)

@@ -104,11 +104,11 @@ class T2TConfig(SSLConfig):
 @register("t2t")
 class T2T(Learner):
     "T2T (Huang et al., ICCV 2021). `ValueError` for fewer than 3 known classes."
-    Config = T2TConfig
+    Config, least_known = T2TConfig, 3
 
     def heads(self):
-        if self.n_known < 3: raise ValueError(f"T2T needs at least 3 known classes, got {self.n_known} ({', '.join(self.classes)}): with 2, no wrong label is left for the second negative pair")
-        return {"rotation": nn.Linear(self.model.n_features, 4), "matching": Matching(self.n_known, self.model.n_features)}
+        if self.n_known < self.least_known: raise ValueError(f"T2T needs at least 3 known classes, got {self.n_known} ({', '.join(self.classes)}): with 2, no wrong label is left for the second negative pair")
+        return {"rotation": nn.Linear(self.n_features, 4), "matching": Matching(self.n_known, self.n_features)}
 
     def setup(self): self.memory["chosen"] = torch.zeros(len(self.labels))
 
