@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import binary_auroc, multiclass_calibration_error
 
 # %% ../nbs/34_metrics.ipynb #5a364f04
 def accuracy(probs: Tensor, # probabilities [N, C]
@@ -56,6 +55,7 @@ def auroc_known_vs_other(open_probs: Tensor, # probabilities over K + 1 answers 
                          labels: Tensor, # right answers, K is "other" [N]
                         ) -> float: # percent; nan if one side is missing
     'Area under the ROC curve of the score q_other with positive class "other": the chance that an "other" image gets a higher score than a known one.'
+    from torchmetrics.functional.classification import binary_auroc # takes seconds
     is_other = (labels == open_probs.shape[1] - 1).long()
     if is_other.min() == is_other.max(): return math.nan
     return binary_auroc(open_probs[:, -1].clamp(0, 1), is_other).item() * 100
@@ -89,6 +89,7 @@ def ece(open_probs: Tensor, # probabilities over K + 1 answers [N, K + 1]
         n_bins: int=15, # bins of equal width between 0 and 1
        ) -> float: # percent
     "Expected calibration error of the K + 1-way prediction (l1, bins of equal width)."
+    from torchmetrics.functional.classification import multiclass_calibration_error
     return multiclass_calibration_error(open_probs, labels, num_classes=open_probs.shape[1], n_bins=n_bins, norm="l1").item() * 100
 
 # %% ../nbs/34_metrics.ipynb #34cc0002
