@@ -33,13 +33,16 @@ $(READY): settings.ini setup.py pyproject.toml
 	$$uv pip install -q --python $(BIN)/python -e '.[dev]'
 	@touch $@
 
+# notebooks at the same time
+JOBS ?= 2
+
 .PHONY: help reproduce test docs readme lab bench hooks clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 reproduce: $(READY) ## the main job: run every experiment (profile quick) into outputs/quick
-	$(BIN)/ucdm-reproduce --profile quick $(ARGS)
+	$(BIN)/ucdm-reproduce --profile quick --jobs $(JOBS) $(ARGS)
 
 test: $(READY) ## everything that has to hold, stage by stage; the last line counts
 	$(BIN)/python tests/run_all.py $(ARGS)

@@ -57,6 +57,7 @@ def mean_of(results: Sequence[RunResult], method: str, metric: str, **where) -> 
 def open_set_figure(results: Sequence[RunResult],
                     table: int, # of the paper, for UCDM's printed values
                     by: str = "mismatch", # or "class_split"
+                    metrics: Mapping[str, str] = OPEN_METRICS, # metric -> title
                    ) -> plt.Figure:
     "Accuracy in known, unknown and new test images, and the balance score, along the mismatch proportion or the class splits."
     frame = results_frame(results)
@@ -64,9 +65,10 @@ def open_set_figure(results: Sequence[RunResult],
     place = (lambda v: 100 * v) if by == "mismatch" else values.index
     quoted = PAPER_TABLES[(PAPER_TABLES.table == table) & (PAPER_TABLES.method == "ucdm")]
     if quoted.dataset.nunique() > 1: quoted = quoted[quoted.dataset == (results[0].spec.dataset if results[0].spec.dataset in set(quoted.dataset) else "cifar10")]
-    fig, axes = plt.subplots(1, len(OPEN_METRICS), figsize=(7.4, 2.3), sharey=True)
-    named = {"ucdm", max((m for m in frame.method.unique() if m != "ucdm"), key=lambda m: mean_of(results, m, "balance"), default="ucdm")}
-    for ax, (metric, title) in zip(axes, OPEN_METRICS.items()):
+    last = list(metrics)[-1]
+    fig, axes = plt.subplots(1, len(metrics), figsize=(7.4 if len(metrics) > 1 else 4, 2.3), sharey=True, squeeze=False)
+    named = {"ucdm", max((m for m in frame.method.unique() if m != "ucdm"), key=lambda m: mean_of(results, m, last), default="ucdm")}
+    for ax, (metric, title) in zip(axes[0], metrics.items()):
         ends = []
         for method in frame.method.unique():
             at = frame[(frame.method == method) & (frame.metric == metric)].dropna(subset="value")
@@ -80,13 +82,13 @@ def open_set_figure(results: Sequence[RunResult],
         theirs = quoted[(quoted.metric == metric) & (quoted.note != "unusable")].sort_values(by)
         if by == "class_split": theirs = theirs[theirs.class_split.isin(values)]
         ax.plot([place(v) for v in theirs[by]], theirs.value, "o--", ms=5, mfc="white", color="#777777", lw=1, zorder=1)
-        if metric == "known" and len(theirs): ends.append((place(theirs[by].iloc[-1]), theirs.value.iloc[-1], f"paper,\n{DATASET_LABELS[theirs.dataset.iloc[0]]}", "#777777"))
-        ax.set(title=title, xlabel=AXES[by], ylim=(min(-2, frame[frame.metric.isin(OPEN_METRICS)].value.min() - 3), 104))
+        if metric in ("known", "closed") and len(theirs): ends.append((place(theirs[by].iloc[-1]), theirs.value.iloc[-1], f"paper,\n{DATASET_LABELS[theirs.dataset.iloc[0]]}", "#777777"))
+        ax.set(title=title, xlabel=AXES[by], ylim=(min(-2, frame[frame.metric.isin(metrics)].value.min() - 3), 104))
         if by == "class_split": ax.set_xticks(range(len(values)), values, fontsize=7)
         low, high = ax.get_xlim()
-        if metric in ("known", "balance") and len(ends) > 1: ax.set_xlim(low, high + 0.6 * (high - low))
-        if metric in ("known", "balance"): label_ends(ax, ends if frame.method.nunique() > 1 else ends[1:])
-    axes[0].set_ylabel("accuracy (%)")
+        if metric in ("known", "closed", "balance") and len(ends) > 1: ax.set_xlim(low, high + 0.6 * (high - low))
+        if metric in ("known", "closed", "balance"): label_ends(ax, ends if frame.method.nunique() > 1 else ends[1:])
+    axes[0][0].set_ylabel("accuracy (%)")
     return fig
 
 # %% ../nbs/84_comparisons.ipynb #84aa0006
@@ -107,7 +109,7 @@ def methods_figure(results: Sequence[RunResult], # of one mismatch proportion an
     order = sorted(frame.method.unique(), key=lambda m: -best_way(results, m, last)[0] if last != "closed" else -mean_of(results, m, last))
     quoted = PAPER_TABLES[(PAPER_TABLES.table == table) & PAPER_TABLES.mismatch.isin(frame.mismatch) & (PAPER_TABLES.note != "unusable")]
     quoted = quoted[quoted.dataset == (results[0].spec.dataset if results[0].spec.dataset in set(quoted.dataset) else "cifar10")] if quoted.dataset.nunique() > 1 else quoted
-    fig, axes = plt.subplots(1, len(metrics), figsize=(2.2 + 1.12 * len(metrics), 0.8 + 0.22 * len(order)), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(metrics), figsize=(2.2 + (1.12 if len(metrics) > 1 else 2.4) * len(metrics), 0.8 + 0.22 * len(order)), sharey=True, squeeze=False)
     for ax, metric in zip(axes[0], metrics):
         for row, method in enumerate(order):
             colour, values = METHOD_COLOURS.get(method, "#333333"), frame[(frame.method == method) & (frame.metric == metric)].value.dropna()

@@ -285,10 +285,12 @@ article { display: grid; grid-template-columns: minmax(0, 17rem) minmax(0, 1fr);
 .none { display: grid; place-items: center; min-height: 7rem; border: 1px dashed var(--line); border-radius: 6px; color: var(--soft); font-size: .85rem } .head { display: flex; flex-wrap: wrap; align-items: baseline; gap: .3rem .8rem }
 .badge { font-size: .78rem; font-weight: 600; padding: .05rem .55rem; border-radius: 1rem; border: 1px solid currentColor; white-space: nowrap } .holds { color: var(--good) } .partly { color: var(--part) } .no { color: var(--bad) } .untested { color: var(--soft) }
 .claim { border-left: 3px solid var(--line); padding-left: .8rem; color: var(--soft) } ul { margin: .5rem 0; padding-left: 1.2rem } .numbers { display: flex; flex-wrap: wrap; gap: .4rem 1.4rem; margin: .6rem 0; padding: 0 } .numbers div { min-width: 5rem } .numbers b { display: block; font-size: 1.15rem; font-variant-numeric: tabular-nums }
-details { margin-top: .4rem } summary { cursor: pointer } table { border-collapse: collapse; font-size: .85rem } td { padding: .1rem 1rem .1rem 0; vertical-align: top } @media (max-width: 46rem) { article { grid-template-columns: 1fr } }
+nav { display: grid; grid-template-columns: repeat(auto-fill, minmax(21rem, 1fr)); gap: .15rem 1.2rem; margin: 1rem 0 1.8rem; font-size: .92rem } nav a { color: inherit } nav .badge { display: inline-block; min-width: 4.2rem; text-align: center; margin-right: .4rem } details { margin-top: .4rem } summary { cursor: pointer } table { border-collapse: collapse; font-size: .85rem } td { padding: .1rem 1rem .1rem 0; vertical-align: top } @media (max-width: 46rem) { article { grid-template-columns: 1fr } }
 </style></head><body>
 <h1>UCDM reproduced: profile <i>{{ profile }}</i></h1><p>{{ description }}</p>
 <div class="facts"><span><b>notebooks</b>{{ done }} of {{ items|length }} done</span>{% for k, v in facts.items() %}<span><b>{{ k }}</b>{{ v }}</span>{% endfor %}</div>
+<p>Every item of the paper with its claim, as an experiment of this size finds it. A claim is split into parts, each tested by the rule that it states: it <b class="holds">holds</b> if all tested parts do, <b class="partly">holds partly</b> if some do, and <b class="no">does not hold</b> if none does.</p>
+<nav>{% for i in items %}<a href="#{{ i.name }}"><span class="badge {{ i.badge }}">{{ {"holds": "holds", "partly": "partly", "no": "no"}.get(i.badge, i.verdict) }}</span> {{ i.title }}</a>{% endfor %}</nav>
 {% for i in items %}<article id="{{ i.name }}"><div>{% if i.thumb %}<a href="{{ i.figures[0] }}"><img src="{{ i.thumb }}" alt="{{ i.title }}"></a>{% else %}<div class="none">{{ "no figure yet" if i.status != "done" else "no figure" }}</div>{% endif %}</div>
 <div><div class="head"><h2>{{ i.title }}</h2><span class="badge {{ i.badge }}">{{ i.verdict }}</span></div>{% if i.claim %}<p class="claim">{{ i.claim }}</p>{% endif %}
 {% if i.error %}<p class="no"><b>{{ i.state }}</b>: {{ i.error }}</p>{% if i.traceback %}<pre>{{ i.traceback }}</pre>{% endif %}{% endif %}
@@ -326,10 +328,11 @@ def write_summary(batch: "Batch") -> Path:
     order = [j.name for j in batch.jobs]
     names = order + [n for n in kept if n not in order]
     items = [_item(out, n, kept[n] if n in kept else dict(status="waiting", title=next(j.experiment.title for j in batch.jobs if j.name == n), claim="", parameters={}), batch.result(n)) for n in names]
-    for i in items: i["order"] = (i["name"].split("_")[0] != "table", i["name"])
+    items.sort(key=lambda i: ({"table": 0, "figure": 1}.get(i["name"].split("_")[0], 2), i["name"]))
     where = batch.__dict__.setdefault("facts", _facts())
     atomic_json(out / "results" / "batch.json", dict(profile=batch.profile, jobs=kept, **where))
-    facts = {"commit": (where["commit"] or "none")[:10] + (" with changes" if where["dirty"] else ""), "device": where["device"], "torch": where["packages"]["torch"], "finished": where["started"][:10], "time": human_time(sum(j.get("seconds") or 0 for j in kept.values()))}
+    count = lambda badge: sum(i["badge"] == badge and i["status"] == "done" for i in items)
+    facts = {"claims": f"{count('holds')} hold, {count('partly')} hold partly, {count('no')} do not", "commit": (where["commit"] or "none")[:10] + (" with changes" if where["dirty"] else ""), "device": where["device"], "torch": where["packages"]["torch"], "finished": where["started"][:10], "time": human_time(sum(j.get("seconds") or 0 for j in kept.values()))}
     return write_atomic(out / "index.html", INDEX.render(profile=batch.profile, description=getattr(batch, "description", ""), items=items, done=sum(i["status"] == "done" for i in items), facts=facts))
 
 
