@@ -618,7 +618,7 @@ def _outcomes(specs, hashes, cache, jobs, fresh, root, progress):
     modules = sorted({METHODS[s.method].fit.__module__ for s in specs})
     if "__main__" in modules: raise ValueError("with jobs > 1 every method must be defined in a module that can be imported, not in the notebook or script itself.")
     with ProcessPoolExecutor(jobs, get_context("spawn"), _start_worker, (modules, max(1, (os.cpu_count() or 1) // jobs))) as pool:
-        futures = {pool.submit(run, specs[i], cache, fresh, root, progress): i for i in first.values()}
+        futures = {pool.submit(run, specs[i], cache, fresh, root, progress): i for i in sorted(first.values())}
         done = {}
         for f in as_completed(futures):
             i = futures[f]
