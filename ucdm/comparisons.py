@@ -149,11 +149,12 @@ def open_set_checks(results: Sequence[RunResult],
     rivals = [m for m in dict.fromkeys(r.spec.method for r in results) if m != "ucdm"]
     at = {v: {k: mean_of(results, "ucdm", k, **{by: v}) for k in ("closed", *OPEN_METRICS)} for v in values}
     best = {v: max(((b, m) for m in rivals if (b := best_way(results, m, **{by: v})[0]) == b), default=None) for v in values}
+    met = [v for v in values if best[v]] # where there is something to compare with
     weakest = {v: min(("known", "unknown", "new"), key=at[v].get) for v in values}
     first, last = values[0], values[-1]
     checks = [
-        Check(f"UCDM's balance score is the highest of all methods at {everywhere}, whichever rule the others say \"other\" by.", all(at[v]["balance"] > best[v][0] for v in values) if rivals else None,
-              "; ".join(f"{say(v)}: {at[v]['balance']:.1f} against {best[v][0]:.1f} of {METHOD_LABELS.get(best[v][1], best[v][1])}{best_way(results, best[v][1], **{by: v})[1]}" for v in values) + "." if rivals
+        Check(f"UCDM's balance score is the highest of all methods at {everywhere}, whichever rule the others say \"other\" by.", all(at[v]["balance"] > best[v][0] for v in met) if met else None,
+              "; ".join(f"{say(v)}: {at[v]['balance']:.1f} against {best[v][0]:.1f} of {METHOD_LABELS.get(best[v][1], best[v][1])}{best_way(results, best[v][1], **{by: v})[1]}" for v in met) + "." if met
               else "no other method was run; UCDM reaches " + ", ".join(f"{at[v]['balance']:.1f} at {say(v)}" for v in values) + "."),
         Check(f"It is good at all three groups at once (balance score at least {good:.0f} at {everywhere}).", all(at[v]["balance"] >= good for v in values),
               "; ".join(f"{say(v)}: balance {at[v]['balance']:.1f}, weakest group {weakest[v]} with {at[v][weakest[v]]:.1f} %" for v in values) + "."),
