@@ -117,7 +117,7 @@ class Prior:
         "Prompt embeddings, computed once a prompt. ValueError for a prompt that is longer than the text encoder takes."
         tokenizer = self.pipe.tokenizer
         for p in (p for p in prompts if p not in self._embedded):
-            if (n := len(tokenizer(p).input_ids)) > tokenizer.model_max_length:
+            if (n := len(tokenizer(p, verbose=False).input_ids)) > tokenizer.model_max_length:
                 raise ValueError(f"the prompt {p!r} has {n} tokens, the text encoder of {self.name!r} takes {tokenizer.model_max_length}; shorten it.")
             self._embedded[p] = self.pipe.encode_prompt(p, self.device, 1, False)[0][0]
         return torch.stack([self._embedded[p] for p in prompts]).to(self.dtype)
