@@ -212,7 +212,7 @@ def test_interrupted_download(hub, folder):
     hub.state = "down"
     second = hub.start_loading()
     said = ask(second, "owner/small@v1")
-    assert said.startswith("ValueError") and f"{UNET} is missing" in said and "Load it again" in said
+    assert said.startswith("ValueError") and f"{UNET} is missing" in said and "Load it again" in said and "could not be asked" in said
 
     hub.state, hub.asked = "up", []
     loaded = f"loaded {load(folder).fingerprint}"

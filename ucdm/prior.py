@@ -150,11 +150,14 @@ def load_prior(name_or_path: str = "fashion-mnist", # a packaged prior, a folder
                revision: str | None = None, # commit, tag or branch of a hub id
               ) -> Prior:
     "A frozen prior. FileNotFoundError or ValueError says what is wrong with the name, the folder or the download."
-    folder = PACKAGED / name_or_path
+    folder, failure = PACKAGED / name_or_path, None
     if not folder.is_dir(): folder = Path(name_or_path)
-    if not folder.is_dir(): folder = _downloaded(str(name_or_path), revision)
+    if not folder.is_dir(): folder, failure = _downloaded(str(name_or_path), revision)
     elif revision: raise ValueError(f"revision={revision!r} is for a hub id; {folder} is a folder and has none.")
-    _check_pipeline_folder(folder)
+    try: _check_pipeline_folder(folder)
+    except ValueError as e:
+        if failure: raise ValueError(f"{e} (The hub could not be asked: {type(failure).__name__}.)") from failure
+        raise
     device = device or default_device()
     try: pipe = _load_pipeline(folder, dtype or default_dtype(device))
     except Exception as e:
@@ -171,16 +174,16 @@ def _load_pipeline(folder: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
         return StableDiffusionPipeline.from_pretrained(folder, **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 
-def _downloaded(name: str, revision: str | None) -> Path:
-    "The folder of a hub id in the hub's cache, after downloading what is not there yet."
+def _downloaded(name: str, revision: str | None) -> tuple[Path, Exception | None]:
+    "The folder of a hub id in the hub's cache, after downloading what is not there yet, and what kept it from that. Whether all is there, the check of the folder says."
     if not (match := re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)):
         packaged = sorted(p.name for p in PACKAGED.iterdir() if p.is_dir()) if PACKAGED.is_dir() else []
         raise FileNotFoundError(f"no prior {name!r}: it is not a packaged prior ({', '.join(packaged)}), not a folder, and not a hub id like 'stabilityai/stable-diffusion-2-base'.")
     hub_id, revision = match[1], revision or match[2]
-    try: return Path(StableDiffusionPipeline.download(hub_id, revision=revision, use_safetensors=True, safety_checker=None, feature_extractor=None))
+    try: return Path(StableDiffusionPipeline.download(hub_id, revision=revision, use_safetensors=True, safety_checker=None, feature_extractor=None)), None
     except Exception as e:
         cached = try_to_load_from_cache(hub_id, "model_index.json", revision=revision)
-        if isinstance(cached, str): return Path(cached).parent # what an earlier download left; whether that is all, the check of the folder says
+        if isinstance(cached, str): return Path(cached).parent, e # what an earlier download left
         hint = TAKEN_DOWN if hub_id.startswith("stabilityai/stable-diffusion-2") else "; see that the id and revision are right and that the hub can be reached, or give a folder"
         raise ValueError(f"{name} could not be downloaded{hint} ({type(e).__name__}: {e}).") from e
 

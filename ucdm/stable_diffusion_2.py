@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SD2_BASE', 'SD2_768', 'build_models', 'shrunk', 'clip_tokenizer', 'random_pipeline']
 
-# %% ../nbs/25_stable_diffusion_2.ipynb #f1ce7b61
+# %% ../nbs/25_stable_diffusion_2.ipynb #bd7ea4af
 import json
 
 import torch
@@ -15,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .mini_prior import build_tokenizer
 
-# %% ../nbs/25_stable_diffusion_2.ipynb #0d756b98
+# %% ../nbs/25_stable_diffusion_2.ipynb #7b77c37e
 SD2_BASE = dict( # 512x512, predicts noise
     unet=dict(sample_size=64, block_out_channels=(320, 640, 1280, 1280), attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True),
     vae=dict(sample_size=768, block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
@@ -35,7 +35,7 @@ def build_models(config: dict, # like SD2_BASE
     models = dict(unet=UNet2DConditionModel(**config["unet"]), vae=AutoencoderKL(**config["vae"]), text_encoder=CLIPTextModel(CLIPTextConfig(**config["text_encoder"])))
     return {name: model.eval() for name, model in models.items()}
 
-# %% ../nbs/25_stable_diffusion_2.ipynb #bb575797
+# %% ../nbs/25_stable_diffusion_2.ipynb #8ba5f01a
 def shrunk(config: dict, # like SD2_BASE
            side: int = 8, # of the latents, a multiple of 8
           ) -> dict:
