@@ -59,7 +59,9 @@ def test_layout_of_the_published_weights(folder, tmp_path):
     save_file({f"text_model.{k.removeprefix('text_model.')}": v for k, v in text.items()} | {"text_model.embeddings.position_ids": torch.arange(77)[None]},
               old / "text_encoder/model.safetensors", metadata={"format": "pt"})
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    def renamed(key): return key if "attentions" not in key else ".".join(part for part in _replace(key, names).split("."))
+    def renamed(key):
+        for new, old in names.items() if "attentions" in key else (): key = key.replace(new, old)
+        return key
     save_file({renamed(k): v for k, v in load_file(folder / "vae/diffusion_pytorch_model.safetensors").items()}, old / "vae/diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     config = json.loads((old / "vae/config.json").read_text())
     kept = ("_class_name", "act_fn", "block_out_channels", "down_block_types", "in_channels", "latent_channels", "layers_per_block", "norm_num_groups", "out_channels", "sample_size", "up_block_types")
@@ -82,11 +84,6 @@ def test_layout_of_the_published_weights(folder, tmp_path):
     assert torch.equal(new.embed(["", "A photo of a cat"]), old.embed(["", "A photo of a cat"])) and torch.equal(new.encode(images), old.encode(images))
 
 
-def _replace(text, names):
-    for new, old in names.items(): text = text.replace(new, old)
-    return text
-
-
 def test_weights_in_shards(folder, tmp_path):
     shutil.copytree(folder, sharded := tmp_path / "sharded")
     (sharded / UNET).unlink()
@@ -105,6 +102,12 @@ def test_configuration_of_another_model(folder, tmp_path, part, changes, message
     file = other / part / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(ValueError, match=message): load(other)
+
+
+def test_unet_of_an_inpainting_model():
+    config = shrunk(SD2_BASE)
+    pipe = random_pipeline({**config, "unet": {**config["unet"], "in_channels": 9}}, clip_tokenizer(["A photo of a cat"]))
+    with pytest.raises(ValueError, match="takes 9 channels"): prior_module.Prior(pipe, "inpainting", "cpu")
 
 
 # a hub of our own

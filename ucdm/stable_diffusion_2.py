@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SD2_BASE', 'SD2_768', 'build_models', 'shrunk', 'clip_tokenizer', 'random_pipeline']
 
-# %% ../nbs/25_stable_diffusion_2.ipynb #bd7ea4af
+# %% ../nbs/25_stable_diffusion_2.ipynb #affeeaf6
 import json
 
 import torch
@@ -13,9 +13,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusi
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from .mini_prior import build_tokenizer
-
-# %% ../nbs/25_stable_diffusion_2.ipynb #7b77c37e
+# %% ../nbs/25_stable_diffusion_2.ipynb #a9154dbb
 SD2_BASE = dict( # 512x512, predicts noise
     unet=dict(sample_size=64, block_out_channels=(320, 640, 1280, 1280), attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True),
     vae=dict(sample_size=768, block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
@@ -35,7 +33,7 @@ def build_models(config: dict, # like SD2_BASE
     models = dict(unet=UNet2DConditionModel(**config["unet"]), vae=AutoencoderKL(**config["vae"]), text_encoder=CLIPTextModel(CLIPTextConfig(**config["text_encoder"])))
     return {name: model.eval() for name, model in models.items()}
 
-# %% ../nbs/25_stable_diffusion_2.ipynb #8ba5f01a
+# %% ../nbs/25_stable_diffusion_2.ipynb #ce657ddf
 def shrunk(config: dict, # like SD2_BASE
            side: int = 8, # of the latents, a multiple of 8
           ) -> dict:
@@ -49,20 +47,24 @@ def shrunk(config: dict, # like SD2_BASE
 def clip_tokenizer(texts: list[str], # to learn merges from
                    vocab_size: int = 600) -> CLIPTokenizer:
     "A tokenizer like Stable Diffusion 2's: 77 tokens, start and end are the last two of the vocabulary, padding is '!', the first."
-    learnt = build_tokenizer(texts, vocab_size, 77)
-    special = [learnt.bos_token, learnt.eos_token]
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    learnt = CLIPTokenizer(vocab={t: i for i, t in enumerate(special)}, merges=[]).train_new_from_iterator([texts], vocab_size=vocab_size, show_progress=False)
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in json.loads(learnt.backend_tokenizer.to_str())["model"]["merges"]]
     vocab = [*sorted(set(learnt.get_vocab()) - set(special)), *special]
     return CLIPTokenizer(vocab={t: i for i, t in enumerate(vocab)}, merges=merges, pad_token="!", model_max_length=77)
 
 
 def random_pipeline(config: dict, # like SD2_BASE, or `shrunk(SD2_BASE)`
-                    tokenizer: CLIPTokenizer, seed: int = 0) -> StableDiffusionPipeline:
+                    tokenizer: CLIPTokenizer,
+                    dtype: torch.dtype = torch.float32, # of the UNet
+                    seed: int = 0) -> StableDiffusionPipeline:
     "A pipeline with random weights: for tests, and in full size to time a machine before the weights are there."
     torch.manual_seed(seed)
     models = build_models({**config, "text_encoder": {**config["text_encoder"], "vocab_size": len(tokenizer)}})
-    with torch.no_grad(): # latents of about unit size, as a trained autoencoder makes them: smaller ones would let the UNet's normalisations blow up rounding
+    with torch.no_grad(): # latents of about unit size, as a trained autoencoder makes them, and a gentle UNet: along a walk rounding shall not grow more than it does in a trained one
         for p in models["vae"].quant_conv.parameters(): p[:config["vae"]["latent_channels"]] *= 20
+        for p in models["unet"].conv_out.parameters(): p *= 0.5
+    nn.Module.to(models["unet"], dtype) # the UNet's own `to` warns, of nothing
     kind = dict(PNDMScheduler=PNDMScheduler, DDIMScheduler=DDIMScheduler)[config["scheduler"]["_class_name"]]
     return StableDiffusionPipeline(**models, tokenizer=tokenizer, scheduler=kind.from_config({k: v for k, v in config["scheduler"].items() if k[0] != "_"}),
                                    safety_checker=None, feature_extractor=None, requires_safety_checker=False)
