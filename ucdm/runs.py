@@ -242,7 +242,7 @@ def identity(spec: RunSpec) -> dict:
     method, config = get_method(spec.method), method_config(spec)
     known = {} if config is None else {k: v for k, v in asdict(config).items() if k not in SPEED_ONLY}
     classes = asdict(class_split(spec.dataset, spec.class_split))
-    if method.uses_pairs or method.uses_prior: check_disjoint(spec.prior, spec.dataset)
+    if method.uses_prior: check_disjoint(spec.prior, spec.dataset)
     out = dict(version=RESULT_VERSION, method=spec.method, dataset=spec.dataset, classes=classes, mismatch=spec.mismatch, seed=spec.seed, split_seed=spec.split_seed, n_seeds=spec.n_seeds, n_test=spec.n_test, config=known)
     if method.uses_prior: out |= dict(prior=prior_identity(spec.prior))
     if method.uses_pairs: out |= dict(pairs=asdict(pair_config(spec)))
