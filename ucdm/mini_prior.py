@@ -347,7 +347,7 @@ def _same_images(file: Path, images: ImageSet) -> None:
     write_atomic(file, images.fingerprint)
 
 
-def train(out: Path, root: Path | None = None, config: MiniPriorConfig = MiniPriorConfig(), images: ImageSet | None = None) -> Path:
+def train(out: Path, root: Path | None = None, config: MiniPriorConfig = MiniPriorConfig(), images: ImageSet | None = None, compile: bool = True) -> Path: # the pipeline's folder
     "Train a mini prior into the folder `out`, resuming from the checkpoints in it. `images` replaces the embedded prior's training images; ValueError if they are not those of the checkpoints."
     out = Path(out); out.mkdir(parents=True, exist_ok=True)
     device = default_device()
@@ -355,10 +355,10 @@ def train(out: Path, root: Path | None = None, config: MiniPriorConfig = MiniPri
     _same_images(out / "images.sha256", images)
     tokenizer = kept_tokenizer(out / "tokenizer", images.classes, config)
     pipe = build_pipeline(config, tokenizer)
-    vae_curve = train_vae(pipe.vae, images.images, config, out / "vae.ckpt", device)
+    train_vae(pipe.vae, images.images, config, out / "vae.ckpt", device, compile)
     latents = encode_dataset(pipe.vae, torch.cat([images.images, images.images.flip(-1)]) if config.flip else images.images)
     train_unet(pipe, latents, images.labels, brightness_adjective(images.images, images.labels), caption_sampler(tokenizer, images.classes, config),
-               config, out / "unet.ckpt", device)
+               config, out / "unet.ckpt", device, compile)
     return export(out, out / "pipeline", config, images)
 
 
