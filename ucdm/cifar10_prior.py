@@ -6,8 +6,9 @@
 __all__ = ['CIFAR10', 'ABOUT', 'app', 'ROOT', 'EXTRA', 'training_images', 'extra_images', 'JudgeFeatures', 'kernel_distance',
            'reconstruct', 'evaluate']
 
-# %% ../nbs/24_cifar10_prior.ipynb #54e9288c
+# %% ../nbs/24_cifar10_prior.ipynb #6f849ae9
 import json, warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,22 +21,22 @@ from .mini_prior import About, MiniPriorConfig, export, train, widen, write_card
 from .mini_prior import training_images as fashion_mnist_images
 from .prior import Prior, load_prior, sample_images
 
-# %% ../nbs/24_cifar10_prior.ipynb #08e82bce
+# %% ../nbs/24_cifar10_prior.ipynb #2b966beb
 def training_images(root: Path | str | None = None, # a local copy of CIFAR-10; None looks in the usual place, or downloads
                    ) -> ImageSet: # 25,000 images, 2,500 of each class
     "The half of CIFAR-10's training images that holds no seeds."
     return halve(load_dataset("cifar10", "train", root), MEDIAN_HASHES["cifar10"])[1]
 
-# %% ../nbs/24_cifar10_prior.ipynb #0b7e2832
-CIFAR10 = MiniPriorConfig(vae_channels=(48, 96), vae_batch=64, vae_steps=2400, unet_channels=(64, 128, 144), steps=16_000, warmup=500, flip=0.5, snr_cap=1.0)
+# %% ../nbs/24_cifar10_prior.ipynb #b2c76987
+CIFAR10 = MiniPriorConfig(vae_channels=(48, 96), vae_batch=32, vae_steps=3000, unet_channels=(64, 128, 144), steps=16_000, warmup=500, cooldown=0.3, flip=0.5, snr_cap=1.0)
 
-# %% ../nbs/24_cifar10_prior.ipynb #24dbed52
+# %% ../nbs/24_cifar10_prior.ipynb #7151fb2f
 def extra_images(name: str, # "fashion-mnist", "cifar100" or "tiny-imagenet"
                 ) -> ImageSet: # labelled; never the embedded seeds of Fashion-MNIST
     "Training images of another data set."
     return fashion_mnist_images() if name == "fashion-mnist" else load_dataset(name, "train")
 
-# %% ../nbs/24_cifar10_prior.ipynb #8af7de1b
+# %% ../nbs/24_cifar10_prior.ipynb #9445ba78
 class JudgeFeatures(torch.nn.Module):
     "The pooled features of a judge for uint8 images."
     def __init__(self, judge):
@@ -89,7 +90,7 @@ def evaluate(prior: Prior, judge, # ucdm.judge.Judge of the classes to sample
     if train is not None: numbers["1000 x KID of training images"] = 1000 * kernel_distance(train.images[:5000], held_out.images, judge)
     return numbers
 
-# %% ../nbs/24_cifar10_prior.ipynb #f2c34017
+# %% ../nbs/24_cifar10_prior.ipynb #4cc86527
 ABOUT = About("python -m ucdm.cifar10_prior train", "those whose SHA-256 is not below the median of their class (`ucdm.data.halve`). Seeds come from the other half (data set `cifar10-half`); no test image was used",
               "Photographs of ten kinds of animals and vehicles, 32x32. Not meant for anything but this repository's experiments. Near copies of a training image may be among the seeds or in the test set, "
               "as they are within CIFAR-10 itself.\nThe training images are CIFAR-10's (Krizhevsky, 2009).")
@@ -104,9 +105,9 @@ def _world(root: Path | None, extra: list[str]) -> ImageSet:
 
 
 @app.command("train")
-def _train(out: Path = typer.Option(..., help="folder for checkpoints and the finished pipeline"), root: Path = ROOT, extra: list[str] = EXTRA):
+def _train(out: Path = typer.Option(..., help="folder for checkpoints and the finished pipeline"), root: Path = ROOT, extra: list[str] = EXTRA, steps: int = typer.Option(CIFAR10.steps, help="UNet optimiser steps; may be changed when a training is resumed")):
     "Train the recipe. Start it again after an interruption: it goes on from its last checkpoint."
-    folder = train(out, None, CIFAR10, _world(root, extra))
+    folder = train(out, None, replace(CIFAR10, steps=steps), _world(root, extra))
     write_card(folder, about=ABOUT)
     print(f"done: {folder}. Use it with load_prior({str(folder)!r}).")
 
