@@ -17,6 +17,7 @@ from PIL import Image
 
 import ucdm.data as data
 from ucdm.data import CLASSES, ImageSet, load_dataset, load_image_folder, load_parquet, load_unlabelled
+from ucdm.splits import MISMATCHES, cdm_split
 
 
 @pytest.fixture(autouse=True)
@@ -293,6 +294,24 @@ def test_fingerprint():
     assert ImageSet(images.to(memory_format=torch.channels_last), base.labels, base.classes, "other name").fingerprint == base.fingerprint
 
 
+def test_half_does_not_depend_on_layout(tmp_path):
+    "The same images as parquet and as folders, in different orders, give the same half; the other half is its complement; the test images are the whole set's."
+    labels = [9, 1, 1, 3, 6, 0, 2, 4, 5, 7, 8, 9]
+    rows = [{"bytes": encoded(tmp_path, i), "path": None} for i in range(12)]
+    parquet(tmp_path / "a" / "train.parquet", rows, labels, list(CLASSES["cifar10"]))
+    parquet(tmp_path / "a" / "test.parquet", rows[:3], labels[:3], list(CLASSES["cifar10"]))
+    for i, c in enumerate(labels): save(tmp_path / "b" / "train" / CLASSES["cifar10"][c] / f"{i}.png", i)
+    seeds = load_dataset("cifar10-half", "train", tmp_path / "a")
+    assert seeds.name == "cifar10-half" and load_dataset("cifar10-half", "train", tmp_path / "b").fingerprint == seeds.fingerprint
+    below, others = data.halve(load_dataset("cifar10", "train", tmp_path / "a"), data.MEDIAN_HASHES["cifar10"])
+    assert below.fingerprint == seeds.fingerprint and 0 < len(seeds) < 12
+    assert sorted(numbers(below.images) + numbers(others.images)) == list(range(12))
+    test = load_dataset("cifar10-half", "test", tmp_path / "a")
+    assert test.name == "cifar10-half" and numbers(test.images) == [0, 1, 2]
+    with pytest.raises(ValueError, match="choose 'train' or 'test'"): load_dataset("cifar10-half", "val", tmp_path / "a")
+    with pytest.raises(ValueError, match="1 images of cifar10 have no label"): data.halve(ImageSet(below.images[:1], torch.tensor([-1]), below.classes, "cifar10"), data.MEDIAN_HASHES["cifar10"])
+
+
 LOCAL_CIFAR = data.data_root() / "cifar10" # before the fixture sets UCDM_DATA
 
 @pytest.mark.skipif(not LOCAL_CIFAR.is_dir(), reason="no local CIFAR-10: set UCDM_DATA to a folder that holds cifar10/")
@@ -301,3 +320,15 @@ def test_real_cifar10():
     assert images.counts() == dict.fromkeys(CLASSES["cifar10"], 1000)
     ships, frogs = (images.images[images.labels == c].float().mean((0, 2, 3)) for c in (8, 6))
     assert ships[2] > ships[0] and frogs[2] < frogs[0] # the sea is blue, frogs are not
+
+
+@pytest.mark.skipif(not LOCAL_CIFAR.is_dir(), reason="no local CIFAR-10: set UCDM_DATA to a folder that holds cifar10/")
+def test_real_cifar10_half():
+    "The medians written down are the medians; every mismatch proportion of the paper is possible."
+    whole, test = load_dataset("cifar10", "train", LOCAL_CIFAR), load_dataset("cifar10-half", "test", LOCAL_CIFAR)
+    for c, median in enumerate(data.MEDIAN_HASHES["cifar10"]):
+        assert sorted(map(data.pixel_hash, whole.images[whole.labels == c]))[2500][:6] == median
+    seeds, others = data.halve(whole, data.MEDIAN_HASHES["cifar10"])
+    assert seeds.counts() == others.counts() == dict.fromkeys(CLASSES["cifar10"], 2500)
+    half = ImageSet(seeds.images, seeds.labels, seeds.classes, "cifar10-half")
+    for mismatch in MISMATCHES: assert (cdm_split((half, test), mismatch).true_labels(half) < 2).sum() == 5000

@@ -43,8 +43,10 @@ class Judge:
 
 def train_judge(train: ImageSet, # labelled images: the prior's own training images
                 test: ImageSet, # labelled images for its accuracy
-                epochs: int = 3, batch_size: int = 128, lr: float = 5e-3, depth: int = 10, seed: int = 0, progress: bool = True) -> Judge:
-    "A supervised classifier of all classes, one-cycle Adam, random horizontal flips."
+                epochs: int = 3, batch_size: int = 128, lr: float = 5e-3, depth: int = 10, seed: int = 0, progress: bool = True,
+                shift: int = 0, # pixels: batches are moved at random by up to so many
+               ) -> Judge:
+    "A supervised classifier of all classes, one-cycle Adam, random horizontal flips (and shifts, if wanted)."
     torch.manual_seed(seed)
     device = default_device()
     model = WideResNet(len(train.classes), depth=depth).to(device, memory_format=torch.channels_last).train()
@@ -54,6 +56,7 @@ def train_judge(train: ImageSet, # labelled images: the prior's own training ima
     order = torch.cat([torch.randperm(len(train))[:len(train) // batch_size * batch_size] for _ in range(epochs)]).split(batch_size)
     for index in tqdm(order, desc="judge", unit="step", disable=not progress, mininterval=5):
         x, flip = normalise(train.images[index].to(device)), torch.rand(len(index), 1, 1, 1, device=device) < 0.5
+        if shift: (i, j), x = torch.randint(2 * shift + 1, (2,)).tolist(), F.pad(x, (shift,) * 4, value=-1); x = x[..., i:i + 32, j:j + 32].contiguous(memory_format=torch.channels_last)
         with torch.autocast(device, torch.bfloat16): logits = model(torch.where(flip, x.flip(-1), x))[0]
         loss = F.cross_entropy(logits.float(), train.labels[index].to(device))
         loss.backward(); optimizer.step(); scheduler.step(); optimizer.zero_grad()

@@ -46,7 +46,7 @@ def closed_loss(closed_pos: Tensor, # closed-set logits of positives [P, K]
 
 # %% ../nbs/31_losses.ipynb #f919d0b7
 LAMBDA_1 = 1.
-LAMBDA_2 = {"cifar10": 2., "cifar100": 5., "tiny-imagenet": 20., "fashion-mnist": 2.}
+LAMBDA_2 = {"cifar10": 2., "cifar10-half": 2., "cifar100": 5., "tiny-imagenet": 20., "fashion-mnist": 2.}
 
 # %% ../nbs/31_losses.ipynb #c13a329a
 @dataclass(frozen=True, repr=False)

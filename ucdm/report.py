@@ -225,7 +225,7 @@ METHOD_LABELS = dict(ucdm="UCDM", ds3l="DS³L", uasd="UASD", ccssl="CCSSL", t2t=
 METHOD_COLOURS = dict(ucdm="#0072B2", ds3l="#999933", uasd="#AA4499", ccssl="#009E73", t2t="#882255", mtcf="#CC79A7", iomatch="#D55E00", openmatch="#E69F00", fixmatch="#56B4E9", mixmatch="#44AA99",
                       supervised="#999999", supervised_all="#333333", diffusion_classifier="#661100")
 GROUP_COLOURS = dict(known="#0072B2", unknown="#D55E00", new="#E69F00", balance="#000000", closed="#56B4E9")
-DATASET_LABELS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "tiny-imagenet": "Tiny-ImageNet", "fashion-mnist": "Fashion-MNIST"}
+DATASET_LABELS = {"cifar10": "CIFAR-10", "cifar10-half": "CIFAR-10 (half)", "cifar100": "CIFAR-100", "tiny-imagenet": "Tiny-ImageNet", "fashion-mnist": "Fashion-MNIST"}
 METRIC_LABELS = dict(closed="closed-set", known="known", unknown="unknown", new="new", balance="balance", auroc="AUROC", oscr="OSCR", ece="ECE")
 
 def style() -> None:

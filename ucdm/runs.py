@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['METHODS', 'RESULT_VERSION', 'SPEED_ONLY', 'nearest', 'fits', 'type_name', 'check_fields', 'RunSpec', 'canonical',
            'describe', 'grid', 'Method', 'register_method', 'get_method', 'Task', 'fit_ucdm', 'pair_config',
-           'method_config', 'prior_identity', 'identity', 'spec_hash', 'code_hash', 'cache_folder', 'locked', 'say',
-           'human_time', 'atomic_json', 'mark_done', 'CorruptResult', 'checked_json', 'run_prior', 'run_split',
-           'pool_folder', 'pair_set', 'ids_tensor', 'watched', 'labelled_seeds', 'provenance', 'device_name',
-           'git_state', 'RunResult', 'labelling_rounds', 'run', 'read_result', 'RunsFailed', 'run_many']
+           'method_config', 'check_disjoint', 'prior_identity', 'identity', 'spec_hash', 'code_hash', 'cache_folder',
+           'locked', 'say', 'human_time', 'atomic_json', 'mark_done', 'CorruptResult', 'checked_json', 'run_prior',
+           'run_split', 'pool_folder', 'pair_set', 'ids_tensor', 'watched', 'labelled_seeds', 'provenance',
+           'device_name', 'git_state', 'RunResult', 'labelling_rounds', 'run', 'read_result', 'RunsFailed', 'run_many']
 
 # %% ../nbs/80_runs.ipynb #a1bf5bcc
 import ast, difflib, fcntl, hashlib, importlib, inspect, json, math, os, pkgutil, platform, re, resource, subprocess, sys, threading, time, types, typing, warnings
@@ -207,11 +207,24 @@ def method_config(spec: RunSpec): # the method's dataclass, or None
 RESULT_VERSION = 2 # raise it when results of earlier code must not be used any more
 SPEED_ONLY = ("compile",) # settings that do not change what comes out
 
+def _prior_folder(name: str) -> Path:
+    folder = Path(__file__).parent / "assets" / "priors" / name if "__file__" in globals() else Path("../ucdm/assets/priors") / name
+    return folder if folder.is_dir() else Path(name)
+
+
+def check_disjoint(prior: str, dataset: str) -> None:
+    "ValueError if a mini prior has learnt from images that would be drawn as seeds."
+    from ucdm.data import HALVES
+    record = _prior_folder(prior) / "training.json"
+    learnt = json.loads(record.read_text()).get("dataset", "").split("+") if record.is_file() else []
+    half = next((h for h, whole in HALVES.items() if whole == dataset), None)
+    if half and dataset in learnt: raise ValueError(f"the generator {prior!r} has learnt from half of {dataset}'s training images; use dataset={half!r}, whose seeds it has not seen.")
+
+
 @lru_cache
 def prior_identity(name: str) -> str:
     "The content of a generator's folder as 16 hex digits; a hub id stands for itself."
-    folder = Path(__file__).parent / "assets" / "priors" / name if "__file__" in globals() else Path("../ucdm/assets/priors") / name
-    if not folder.is_dir(): folder = Path(name)
+    folder = _prior_folder(name)
     if not folder.is_dir(): return f"hub:{name}"
     h = hashlib.sha256()
     for file in sorted(f for f in folder.rglob("*") if f.suffix in (".json", ".safetensors", ".bin", ".txt")):
@@ -229,6 +242,7 @@ def identity(spec: RunSpec) -> dict:
     method, config = get_method(spec.method), method_config(spec)
     known = {} if config is None else {k: v for k, v in asdict(config).items() if k not in SPEED_ONLY}
     classes = asdict(class_split(spec.dataset, spec.class_split))
+    if method.uses_prior: check_disjoint(spec.prior, spec.dataset)
     out = dict(version=RESULT_VERSION, method=spec.method, dataset=spec.dataset, classes=classes, mismatch=spec.mismatch, seed=spec.seed, split_seed=spec.split_seed, n_seeds=spec.n_seeds, n_test=spec.n_test, config=known)
     if method.uses_prior: out |= dict(prior=prior_identity(spec.prior))
     if method.uses_pairs: out |= dict(pairs=asdict(pair_config(spec)))

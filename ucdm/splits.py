@@ -93,6 +93,7 @@ _TEN = {str(s): s for s in (consecutive(*n) for n in ((2, 6, 2), (2, 2, 2), (4, 
 CLASS_SPLITS: dict[str, dict[str, ClassSplit]] = { # data set: name of the split: its classes; the first is the default
     "fashion-mnist": _TEN,
     "cifar10": _TEN,
+    "cifar10-half": _TEN,
     "cifar100": {"20/60/20": ClassSplit.from_names(CLASSES["cifar100"], **PAPER_TABLE_12)},
     "tiny-imagenet": {"20/80/100": consecutive(20, 80, 100)}}
 
@@ -242,7 +243,7 @@ def labelled_subset(split: CDMSplit, train: ImageSet, per_class: int = 40, # lab
     return split.seed_index[labelled], split.seed_index[unlabelled]
 
 # %% ../nbs/11_splits.ipynb #05180b95
-IMAGES_PER_CLASS = {"fashion-mnist": (800, 300), "cifar10": (5_000, 1_000), "cifar100": (500, 100), "tiny-imagenet": (500, 50)} # training, test
+IMAGES_PER_CLASS = {"fashion-mnist": (800, 300), "cifar10": (5_000, 1_000), "cifar10-half": (2_500, 1_000), "cifar100": (500, 100), "tiny-imagenet": (500, 50)} # training, test
 
 def table_classes(dataset: str, name: str | None = None, # of the class split
                  ) -> pd.DataFrame:
