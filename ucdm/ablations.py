@@ -14,7 +14,7 @@ from dataclasses import replace
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from .report import METRIC_LABELS, Check, spread
+from .report import METRIC_LABELS, Check, draw_interval, spread
 from .runs import RunResult, RunSpec, nearest, run_many
 
 # %% ../nbs/85_ablations.ipynb #8092925e
@@ -59,7 +59,7 @@ def mean_of_variant(frame: pd.DataFrame, variant: str, metric: str = "balance") 
 def variants_figure(frame: pd.DataFrame, metrics: Sequence[str] = ("closed", "balance"), reference: str | None = None, # variant to draw in colour, with a line
                     quoted: Mapping[tuple[str, str], float] = {}, # (variant, metric) -> what the paper prints
                    ) -> plt.Figure:
-    "A row a variant: every run a small dot, their mean a large one, the paper's value hollow."
+    "A row a variant: every run a small dot, their mean a large one with its 95 % confidence interval, the paper's value hollow."
     names = list(frame.variant.unique())
     fig, axes = plt.subplots(1, len(metrics), figsize=(1.6 + (2.6 if len(metrics) < 3 else 1.35) * len(metrics), 0.7 + 0.3 * len(names)), sharey=True, squeeze=False)
     for ax, metric in zip(axes[0], metrics):
@@ -68,6 +68,7 @@ def variants_figure(frame: pd.DataFrame, metrics: Sequence[str] = ("closed", "ba
             colour = "#0072B2" if name == reference else "#555555"
             ax.plot(values, [row] * len(values), ".", ms=4, color=colour, alpha=0.5)
             ax.plot(values.mean(), row, "o", ms=7, color=colour)
+            draw_interval(ax, values.tolist(), row, colour)
             if (name, metric) in quoted: ax.plot(quoted[name, metric], row, "o", ms=7, mfc="white", color="#D55E00")
         if reference in names: ax.axvline(mean_of_variant(frame, reference, metric), color="#0072B2", lw=0.8, ls=":", zorder=0)
         ax.set(title=METRIC_LABELS.get(metric, metric) + (" score" if metric == "balance" else " (%)"), yticks=range(len(names)), yticklabels=names)
@@ -91,6 +92,7 @@ def curve_figure(frame: pd.DataFrame, x: Mapping[str, float], # variant -> posit
         points = sorted((x[v], spread(g.value.tolist())[0]) for v, g in at.groupby("variant"))
         ax.plot(at.variant.map(x), at.value, ".", ms=4, color="#0072B2", alpha=0.5)
         ax.plot(*zip(*points), "o-", ms=4, color="#0072B2")
+        for v, g in at.groupby("variant"): draw_interval(ax, g.value.tolist(), x[v], "#0072B2", vertical=True)
         if default is not None: ax.axvline(default, color="#999999", lw=0.8, ls=":", zorder=0)
         ax.set(title=METRIC_LABELS.get(metric, metric), xlabel=label)
         ax.locator_params(axis="x", nbins=3)

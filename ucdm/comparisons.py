@@ -13,7 +13,7 @@ from dataclasses import fields, replace
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from .report import DATASET_LABELS, GROUP_COLOURS, METHOD_COLOURS, METHOD_LABELS, METRIC_LABELS, PAPER_TABLES, Check, label_ends, results_frame, spread
+from .report import DATASET_LABELS, GROUP_COLOURS, METHOD_COLOURS, METHOD_LABELS, METRIC_LABELS, PAPER_TABLES, Check, draw_interval, label_ends, results_frame, spread
 from .runs import METHODS, RunResult, RunSpec, get_method, grid, nearest
 
 # %% ../nbs/84_comparisons.ipynb #84aa0002
@@ -78,6 +78,8 @@ def open_set_figure(results: Sequence[RunResult],
             mean = [spread(at[at[by] == v].value.tolist())[0] for v in shown]
             ax.plot([place(v) for v in shown], mean, "o-", ms=5 if method == "ucdm" else 3, lw=1.8 if method == "ucdm" else 1, color=colour, zorder=3 if method == "ucdm" else 2)
             ax.plot([place(v) for v in at[by]], at.value, ".", ms=3, color=colour, alpha=0.5)
+            if method == "ucdm":
+                for v in shown: draw_interval(ax, at[at[by] == v].value.tolist(), place(v), colour, vertical=True)
             if method in named: ends.append((place(shown[-1]), mean[-1], METHOD_LABELS.get(method, method), colour))
         theirs = quoted[(quoted.metric == metric) & (quoted.note != "unusable")].sort_values(by)
         if by == "class_split": theirs = theirs[theirs.class_split.isin(values)]
@@ -117,6 +119,7 @@ def methods_figure(results: Sequence[RunResult], # of one mismatch proportion an
             ax.plot(theirs, [row] * len(theirs), "o", ms=6, mfc="white", color=colour, mew=0.8, zorder=1)
             ax.plot(values, [row] * len(values), ".", ms=3, color=colour, alpha=0.5)
             if len(values): ax.plot(values.mean(), row, "o", ms=6, color=colour, zorder=3)
+            draw_interval(ax, values.tolist(), row, colour)
             ruled, how = best_way(results, method)
             if how and metric != "closed":
                 way = [r.protocols["running+" + how.removeprefix(" with ")][metric] for r in results if r.spec.method == method]

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PAPER_TABLES', 'SOURCE', 'ROUNDING', 'SLIPS', 'METHOD_LABELS', 'METHOD_COLOURS', 'GROUP_COLOURS', 'DATASET_LABELS',
            'METRIC_LABELS', 'paper_value', 'recomputed_balance', 'style', 'save_figure', 'save_data', 'label_ends',
-           'results_frame', 'spread', 'Comparison', 'measured_vs_paper', 'settings_note', 'Check', 'verdict',
-           'Conclusion', 'conclude']
+           'results_frame', 'spread', 'mean_interval', 'draw_interval', 'Comparison', 'measured_vs_paper',
+           'settings_note', 'Check', 'verdict', 'Conclusion', 'conclude']
 
 # %% ../nbs/81_report.ipynb #3be4a7b6
 import base64, io, json, math, re, statistics
@@ -19,6 +19,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from IPython.display import Markdown
+from matplotlib.collections import LineCollection
 
 from .files import write_atomic
 from .metrics import balance_score
@@ -286,11 +287,31 @@ def spread(values: Sequence[float]) -> tuple[float, float, int]: # mean, sample 
     values = [v for v in values if not math.isnan(v)]
     return (statistics.fmean(values) if values else math.nan, statistics.stdev(values) if len(values) > 1 else math.nan, len(values))
 
+# %% ../nbs/81_report.ipynb #0e9eb5e8
+def mean_interval(values: Sequence[float], # of runs that differ in their seed
+                  level: float = 0.95) -> tuple[float, float]: # its ends; nan, nan for fewer than two values
+    "Confidence interval of the mean by Student's t, as if the values were drawn from a normal distribution."
+    from scipy.stats import t
+    mean, std, n = spread(values)
+    if n < 2: return math.nan, math.nan
+    half = t.ppf((1 + level) / 2, n - 1) * std / math.sqrt(n)
+    return mean - half, mean + half
+
+
+def draw_interval(ax, values: Sequence[float], # of runs that differ in their seed
+                  at: float, # position on the other axis
+                  colour: str = "#555555", vertical: bool = False) -> None:
+    "A thin bar: the 95 % confidence interval of the mean. The axes stay as wide as they are, and the bar ends where they do."
+    low, high = mean_interval(values)
+    if math.isnan(low): return
+    ends = [(at, low), (at, high)] if vertical else [(low, at), (high, at)]
+    ax.add_collection(LineCollection([ends], colors=[colour], linewidths=0.9, zorder=1.5), autolim=False)
+
 # %% ../nbs/81_report.ipynb #1b47f54f
 @dataclass(repr=False)
 class Comparison:
     "A table: measured rows, then quoted rows."
-    frame: pd.DataFrame  # tidy: source, method, dataset, group, sub, metric, mean, std, n, mark, note; in the order of display
+    frame: pd.DataFrame  # tidy: source, method, dataset, group, sub, metric, mean, std, low and high (95 % confidence interval of the mean), n, mark, note; in the order of display
     caption: str
 
     def _wide(self, column) -> pd.DataFrame:
@@ -379,7 +400,7 @@ def measured_vs_paper(results: Iterable[RunResult], # what was measured
             for metric in metrics:
                 at = measured[(measured.method == method) & (measured.dataset == dataset) & (measured[by] == value) & (measured.metric == metric)]
                 mean, std, n = spread(at.value.tolist())
-                rows.append(("measured", f"measured here, {names}", method, dataset, *place(dataset, value, metric), metric, mean, std, n, "", ""))
+                rows.append(("measured", f"measured here, {names}", method, dataset, *place(dataset, value, metric), metric, mean, std, *mean_interval(at.value.tolist()), n, "", ""))
     beside = {d: d if d in has else "cifar10" if "cifar10" in has else sorted(has)[0] for d, _ in keys}
     title = f"Table {table} of the paper, {', '.join(dict.fromkeys(DATASET_LABELS.get(beside[d], d) for d, _ in keys))}"
     for method in quoted.method.unique():
@@ -387,9 +408,9 @@ def measured_vs_paper(results: Iterable[RunResult], # what was measured
             for metric in metrics:
                 at = quoted[(quoted.method == method) & (quoted.dataset == beside[dataset]) & (quoted[by] == value) & (quoted.metric == metric)]
                 usable = len(at) == 1 and at.note.item() != "unusable"
-                rows.append(("paper", title, method, beside[dataset], *place(dataset, value, metric), metric, at.value.item() if usable else math.nan, math.nan, 3 if usable and at.value.notna().item() else 0,
+                rows.append(("paper", title, method, beside[dataset], *place(dataset, value, metric), metric, at.value.item() if usable else math.nan, math.nan, math.nan, math.nan, 3 if usable and at.value.notna().item() else 0,
                              at["mark"].item() if usable else "", at.note.item() if len(at) == 1 else "not in the paper"))
-    frame = pd.DataFrame(rows, columns=["source", "block", "method", "dataset", "group", "sub", "metric", "mean", "std", "n", "mark", "note"])
+    frame = pd.DataFrame(rows, columns=["source", "block", "method", "dataset", "group", "sub", "metric", "mean", "std", "low", "high", "n", "mark", "note"])
     mine = frame.source == "measured"
     frame.loc[mine, "mark"] = _marks(frame[mine])
     counts = sorted({int(n) for n in frame[mine].n if n})
