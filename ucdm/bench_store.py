@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PATTERN', 'app', 'synthetic', 'fill', 'draw', 'forget', 'opened', 'unread', 'measure', 'main']
 
-# %% ../nbs/92_bench_store.ipynb #76bd2ac9
+# %% ../nbs/92_bench_store.ipynb #81b6f111
 import os, shutil, tempfile, time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ from .pairs import KINDS
 from .store import MappedImages, PairStore, look_over, mend
 from .training import TrainConfig, best_device, training_rate
 
-# %% ../nbs/92_bench_store.ipynb #b3aff73d
+# %% ../nbs/92_bench_store.ipynb #80733da6
 PATTERN = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 def synthetic(ids: Sequence[int], n_classes: int, kind: str) -> Tensor: # uint8 [n, K, 3, 32, 32]
@@ -28,37 +28,43 @@ def synthetic(ids: Sequence[int], n_classes: int, kind: str) -> Tensor: # uint8 
     shift = 97 * torch.as_tensor(ids)[:, None] + 31 * torch.arange(n_classes) + 13 * KINDS.index(kind)
     return PATTERN + (shift % 256).to(torch.uint8)[:, :, None, None, None]
 
-# %% ../nbs/92_bench_store.ipynb #4ff17e2f
+# %% ../nbs/92_bench_store.ipynb #0c7f2dbe
 def fill(folder: Path, n_seeds: int, n_classes: int, shard_size: int = 32,
          late: int = 1000, # compare around this shard
          early: int = 10, # with around this one
-         turns: int = 60, # shards compared
+         turns: int = 200, # shards compared
         ) -> tuple[dict[str, PairStore], dict]: # the stores; seconds an append
     "Write all pairs."
     new = lambda name, kind: PairStore(folder / name, dict(kind=kind, classes=[f"class {k}" for k in range(n_classes)]))
-    stores, small, took = {kind: new(kind, kind) for kind in KINDS}, new("small", KINDS[0]), dict(late=[], early=[], all=[])
+    stores, small, took = {kind: new(kind, kind) for kind in KINDS}, None, dict(late=[], early=[], all=[])
     def append(store, group, kind):
         images = synthetic(group, n_classes, kind)
         began = time.perf_counter()
         store.append(group, images)
         return time.perf_counter() - began
+    def append_early(group):
+        nonlocal small
+        if len(took["early"]) % 10 == 0:
+            if small: shutil.rmtree(small.folder)
+            small = new("small", KINDS[0])
+            for m in range(max(0, early - 5)): append(small, [-1 - m * shard_size - i for i in range(len(group))], KINDS[0])
+        took["early"].append(append(small, group, KINDS[0]))
     for n, group in enumerate(stores[KINDS[0]].missing(range(n_seeds), shard_size)):
         compared = late - turns // 2 <= n < late + turns - turns // 2
-        if n == late - turns // 2: # the few that come first in the fresh store
-            for m in range(max(0, early - turns // 6)): append(small, [-1 - m * shard_size - i for i in range(len(group))], KINDS[0])
-        if compared and n % 2: took["early"].append(append(small, group, KINDS[0]))
+        if compared and n % 2: append_early(group)
         for kind in KINDS: took["all"].append(append(stores[kind], group, kind))
         if compared: took["late"].append(took["all"][-1])
-        if compared and not n % 2: took["early"].append(append(small, group, KINDS[0]))
-    shutil.rmtree(small.folder)
+        if compared and not n % 2: append_early(group)
+    if small: shutil.rmtree(small.folder)
     return stores, took
 
-# %% ../nbs/92_bench_store.ipynb #cb3081ef
+# %% ../nbs/92_bench_store.ipynb #a6e0e91d
 def draw(images: Sequence[MappedImages], batch_size: int = 32, seconds: float = 5.0, # at least so long
+         least: int = 3, # batches
          seed: int = 0) -> float: # seconds a batch
     "Read random batches."
     g, n, began = torch.Generator().manual_seed(seed), 0, time.perf_counter()
-    while n < 3 or time.perf_counter() - began < seconds:
+    while n < least or time.perf_counter() - began < seconds:
         items = torch.randint(len(images[0]), (batch_size,), generator=g)
         for x in images: x[items]
         n += 1
@@ -86,14 +92,14 @@ def unread(stores: dict[str, PairStore], ids: Sequence[int]) -> list[MappedImage
     for images in both: images._open = {n: load_file(images.store.folder / e["file"])["images"].numpy() for n, e in enumerate(images._entries)}
     return both
 
-# %% ../nbs/92_bench_store.ipynb #5c0bfb28
+# %% ../nbs/92_bench_store.ipynb #d7895fd2
 def measure(folder: Path, n_seeds: int = 40_000, n_classes: int = 20, shard_size: int = 32, late: int = 1000, batch_size: int = 32, seconds: float = 5.0, # of reading, each way
             training: bool = True, # compare with a training step
            ) -> pd.DataFrame: # columns value, goal
     "Write, open, read, check and mend a store of synthetic pairs in `folder`. AssertionError if something is read back wrong."
     ids, rows = list(range(n_seeds)), {}
     began = time.perf_counter()
-    stores, took = fill(folder, n_seeds, n_classes, shard_size, late, turns=min(60, late))
+    stores, took = fill(folder, n_seeds, n_classes, shard_size, late, turns=min(200, late))
     size = sum(f.stat().st_size for f in folder.rglob("*.safetensors"))
     rows["pairs"] = n_seeds * n_classes, ""
     rows["on disk (GB)"] = size / 1e9, ""
@@ -110,7 +116,7 @@ def measure(folder: Path, n_seeds: int = 40_000, n_classes: int = 20, shard_size
     rows["batch, from the system's cache (ms)"] = 1e3 * draw(both, batch_size, seconds), ""
     del both, images
     both = unread(stores, ids)
-    rows["batch, from disk (ms)"] = 1e3 * (slow := draw(both, batch_size, seconds)), ""
+    rows["batch, from disk (ms)"] = 1e3 * (slow := draw(both, batch_size, 0, least=50)), ""
     some = torch.randint(n_seeds, (200,), generator=torch.Generator().manual_seed(1))
     for kind, images in zip(KINDS, both): assert torch.equal(images[some], synthetic(some, n_classes, kind))
     if training:
@@ -128,7 +134,7 @@ def measure(folder: Path, n_seeds: int = 40_000, n_classes: int = 20, shard_size
     assert [e["ids"] for e in report.bad] == stores["negative"].missing(ids, shard_size) == [entry["ids"]]
     return pd.DataFrame(rows, index=["value", "goal"]).T
 
-# %% ../nbs/92_bench_store.ipynb #6c20b076
+# %% ../nbs/92_bench_store.ipynb #ff5dd1f4
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="What a store of generated pairs costs at full size.")
 
 @app.command()
