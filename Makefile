@@ -58,6 +58,7 @@ lab: $(READY) ## JupyterLab on the notebooks, saved clean
 
 bench: $(READY) ## speeds on this machine
 	$(BIN)/python -m ucdm.bench $(ARGS)
+	$(BIN)/python -m ucdm.bench_store
 
 hooks: $(READY) ## let git merge notebooks cell by cell (nbdev_merge) in this clone
 	git config --local merge.nbdev-merge.name "notebooks cell by cell"

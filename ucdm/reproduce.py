@@ -6,7 +6,7 @@
 __all__ = ['TYPES', 'WORDS', 'PROFILE_KEYS', 'JOB_KEYS', 'INDEX', 'PAGE', 'app', 'Parameter', 'read_parameters',
            'check_parameters', 'Experiment', 'read_experiment', 'find_experiments', 'chosen', 'Job', 'load_profile',
            'plan', 'execute', 'kill_tree', 'tidy', 'thumbnail', 'notebook_html', 'write_summary', 'Outcome', 'Batch',
-           'first_lines', 'main', 'show_list']
+           'first_lines', 'main', 'use_engine', 'show_plan', 'show_list']
 
 # %% ../nbs/82_reproduce.ipynb #def18870
 import ast, base64, fcntl, hashlib, io, json, math, os, re, shutil, signal, subprocess, sys, tempfile, threading, time, tokenize, traceback
@@ -21,7 +21,7 @@ import typer
 import yaml
 
 from .files import write_atomic
-from .runs import atomic_json, canonical, code_hash, human_time, nearest
+from .runs import ENGINES, atomic_json, canonical, code_hash, human_time, nearest
 
 # %% ../nbs/82_reproduce.ipynb #8fa486e7
 @dataclass(frozen=True)
@@ -539,6 +539,10 @@ _EXAMPLES = """**Examples**
 
 `ucdm-reproduce --profile paper --only table_02 --out /data/ucdm` — the paper's settings, elsewhere
 
+`ucdm-reproduce --profile paper --plan --rate 500` — what the paper's settings would cost on a card that does 500 UNet evaluations a second
+
+`ucdm-reproduce --profile paper --engine ray` — on all machines of a Ray cluster (`ray start --head` on one, `ray start --address=HOST:6379` on the others)
+
 `ucdm-reproduce --fresh` — forget what is done and compute it again
 """
 
@@ -549,6 +553,13 @@ def main(more: list[str] = typer.Argument(None, help="Further names for --only."
          jobs: int = typer.Option(1, "--jobs", "-j", min=1, help="Notebooks to run at the same time; they share the processor's cores. Leave it at 1 with one GPU."),
          resume: bool = typer.Option(True, "--resume/--fresh", help="Skip what is done and go on with what is not; or compute everything again (with --only: those notebooks and their runs; generated pairs stay)."),
          listing: bool = typer.Option(False, "--list", "-l", help="Show the notebooks, their parameters in this profile, and what is done; run nothing."),
+         planning: bool = typer.Option(False, "--plan", help="Add up what would be computed (runs, pairs, UNet evaluations, disk, hours), less what is there already; run nothing."),
+         rate: float = typer.Option(None, "--rate", min=1e-9, help="With --plan: UNet evaluations a second. [default: measured here, if the generator is here]", show_default=False),
+         training_rate: float = typer.Option(None, "--training-rate", min=1e-9, help="With --plan: training images a second. [default: measured here]", show_default=False),
+         engine: str = typer.Option("local", "--engine", help="Who computes pairs and runs: local, this machine; or ray, a cluster (needs `pip install 'ucdm[cluster]'`, and results in a folder that all machines share)."),
+         address: str = typer.Option(None, "--address", help="With --engine ray: the cluster, as HOST:PORT. [default: the one that this machine belongs to]", show_default=False),
+         task_cpus: float = typer.Option(None, "--task-cpus", help="With --engine ray: cores a task. [default: 1]", show_default=False),
+         task_gpus: float = typer.Option(None, "--task-gpus", help="With --engine ray: GPUs a task, or a part of one. [default: 1 if the cluster has any]", show_default=False),
          out: Path = typer.Option(None, "--out", help="Folder for the results. [default: outputs/PROFILE]", show_default=False),
          notebooks: Path = typer.Option(None, "--notebooks", help="Folder of the experiment notebooks. [default: nbs/experiments of this checkout]", show_default=False)):
     try:
@@ -560,6 +571,9 @@ def main(more: list[str] = typer.Argument(None, help="Further names for --only."
         everything = plan(experiments, content, os.path.relpath(out.resolve(), home))
         picked = chosen(experiments, [*(only or []), *(more or [])])
         picked = [j for j in everything if j.name in picked and (only or listing or not j.on_request)]
+        if planning: show_plan(profile, picked, out / "cache", rate, training_rate); return
+        if engine not in ENGINES: raise ValueError(nearest(engine, ENGINES, "engine"))
+        if not listing: use_engine(engine, out / "cache", address, task_cpus, task_gpus)
         batch = Batch(profile, picked, out, jobs, lambda line: print(line, flush=True))
         batch.description = content.get("description", "")
         if listing: show_list(batch); return
@@ -567,9 +581,30 @@ def main(more: list[str] = typer.Argument(None, help="Further names for --only."
         waiting = len(experiments) - len(batch.jobs) if not only else 0
         print(f"profile {profile}: {len(batch.jobs)} notebooks, results in {out}" + (f"; {waiting} more run on request (--only NAME; see --list)" if waiting else ""), flush=True)
         status = batch.run()
-    except (ValueError, FileNotFoundError) as e: print(f"ucdm-reproduce: {e}", file=sys.stderr); raise typer.Exit(2)
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as e: print(f"ucdm-reproduce: {e}", file=sys.stderr); raise typer.Exit(2)
     except (RuntimeError, OSError) as e: print(f"ucdm-reproduce: {e}", file=sys.stderr); raise typer.Exit(1)
     raise typer.Exit(status)
+
+
+def use_engine(name: str, cache: Path, address: str | None = None, cpus: float | None = None, gpus: float | None = None) -> None:
+    "Let the notebooks of this batch compute here, or on a cluster, after a look at it. ModuleNotFoundError, ConnectionError, RuntimeError or ValueError if that cannot be."
+    os.environ["UCDM_ENGINE"] = name
+    if name == "local": return
+    from .cluster import check_cluster, load_ray
+    os.environ.update({k: str(v) for k, v in dict(UCDM_TASK_CPUS=cpus, UCDM_TASK_GPUS=gpus, RAY_ADDRESS=address).items() if v is not None})
+    try: print(f"Ray: {check_cluster(cache, address)}", flush=True)
+    finally: load_ray().shutdown()
+
+
+def show_plan(profile: str, jobs: Sequence[Job], cache: Path, rate: float | None, training_rate: float | None) -> None:
+    "What --plan prints."
+    from .planning import describe_plan, make_plan
+    says = lambda line: print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True) if sys.stderr.isatty() else None
+    made = make_plan(jobs, cache, lambda name: says(f"rehearsing {name}"))
+    says("measuring rates" if rate is None or training_rate is None else "")
+    text = describe_plan(made, rate, training_rate, {j.name: j.seconds for j in jobs})
+    says("")
+    print(f"Profile {profile}, {len(jobs)} notebooks; what is in {cache} is not counted again.\n\n{text}")
 
 
 def show_list(batch: Batch) -> None:

@@ -1,0 +1,115 @@
+"""A real Ray cluster of several nodes on this machine: shards of pairs and runs, with a node killed in the middle."""
+import importlib.util
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from ucdm.data import load_dataset
+from ucdm.pairs import KINDS, PairConfig, pair_stores
+from ucdm.runs import RunSpec, grid, pool_folder, run_many, run_split
+from ucdm.store import PairStore, look_over
+
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install 'ucdm[cluster]'")
+SPEC = RunSpec(n_seeds=12, n_test=10, mismatch=0.5, pairs=dict(steps=2), train=dict(rounds=2, epochs_per_round=2, batch_size=4, depth=10, width=1, precision="float32"))
+NODE = dict(include_dashboard=False, object_store_memory=100_000_000)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    "A head that computes nothing, and two nodes of one core each. Workers are started with one thread."
+    from ray.cluster_utils import Cluster
+    before = dict(os.environ)
+    os.environ.update(RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1", UCDM_ENGINE="ray")
+    cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=0, **NODE))
+    os.environ["RAY_ADDRESS"] = cluster.address
+    cluster.workers = [cluster.add_node(num_cpus=1, **NODE) for _ in range(2)]
+    torch.set_num_threads(1)
+    try: yield cluster
+    finally:
+        import ray
+        ray.shutdown()
+        cluster.shutdown()
+        torch.set_num_threads(os.cpu_count())
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def kill_one_when(cluster, condition):
+    "Kill a node, as a power cut would, as soon as something is true and both nodes are at work."
+    import ray
+    killed = []
+    def wait():
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline and not (condition() and ray.available_resources().get("CPU", 0) == 0): time.sleep(0.02)
+        cluster.remove_node(victim, allow_graceful=False)
+        killed.append(victim)
+    victim = cluster.workers.pop(0)
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread, killed
+
+
+@needs_ray
+def test_node_lost_while_generating(cluster, tmp_path, monkeypatch):
+    "One of two nodes is killed after the first shard has arrived. Every seed is there once, and every image is what one worker alone makes."
+    from ucdm import cluster as c
+    monkeypatch.setattr(c, "SHARD_SIZE", 2)
+    line = c.check_cluster(tmp_path)
+    assert line.startswith("2 machines with 2 cores")
+    ids, classes, config = list(range(0, 7200, 300)), ("T-shirt", "trouser"), PairConfig(steps=2)
+    seeds = load_dataset("fashion-mnist", "train")[torch.tensor(ids)].unlabelled()
+    prior = c.remote_prior(SPEC)
+    stores = pair_stores({kind: tmp_path / kind for kind in KINDS}, prior.fingerprint, "embedded", classes, config, ids)
+    thread, killed = kill_one_when(cluster, lambda: len(PairStore(tmp_path / "negative").index()) >= 1)
+    c.fill_stores(stores, prior, seeds, ids, classes, config)
+    there = [len(s.index()) for s in stores.values()]
+    thread.join()
+    assert killed and there == [12, 12]
+    where = {i: n for n, i in enumerate(ids)}
+    for kind, store in stores.items():
+        assert sorted(i for e in store.index() for i in e["ids"]) == ids and look_over(store).fine
+        for e in store.index()[::3]:
+            here = c.make_shard({}, SPEC, prior.fingerprint, seeds.images[[where[i] for i in e["ids"]]].numpy(), e["ids"], e["ids"], KINDS, classes, False)
+            assert torch.equal(torch.from_numpy(here[kind]), store.read(e))
+    cluster.workers.append(cluster.add_node(num_cpus=1, **NODE))
+
+
+@needs_ray
+def test_node_lost_while_running(cluster, tmp_path, monkeypatch):
+    "Two runs share their pairs; a node is killed while both train. Both results arrive, and are those of a single machine."
+    specs = grid(SPEC, seed=[0, 1])
+    thread, killed = kill_one_when(cluster, lambda: len(list((tmp_path / "partial").glob("*.lock"))) == 2)
+    there = run_many(specs, tmp_path, progress=False)
+    thread.join()
+    assert killed and [r.spec.seed for r in there] == [0, 1]
+    monkeypatch.setenv("UCDM_ENGINE", "local")
+    assert [r.provenance["started"] for r in run_many(specs, tmp_path, progress=False)] == [r.provenance["started"] for r in there] # kept in the same cache
+    split = run_split(SPEC)
+    for kind in KINDS:
+        store = PairStore(pool_folder(SPEC, kind, split, load_dataset("fashion-mnist", "train"), tmp_path))
+        assert sorted(i for e in store.index() for i in e["ids"]) == sorted(split.seed_index.tolist())
+    here = run_many(specs[:1], tmp_path, fresh=True, progress=False)
+    assert here[0].protocols == there[0].protocols and here[0].epochs == there[0].epochs
+
+
+@needs_ray
+def test_errors_of_the_code_are_not_repeated(cluster, tmp_path):
+    "A run that fails on a worker is named with its own error; a cluster that cannot be reached, or cannot run a task, is said at once."
+    from ucdm import cluster as c
+    with pytest.raises(RuntimeError, match=r"1 of 1 runs failed.*\n.*ValueError: .*fewer seed images than per_class=5000"): run_many([RunSpec(method="fixmatch", n_seeds=12, n_test=10, train=dict(labels_per_class=5000))], tmp_path, progress=False)
+    with pytest.raises(ValueError, match="no machine of the cluster has 1 cores and 8 GPUs"), pytest.MonkeyPatch.context() as m:
+        m.setenv("UCDM_TASK_GPUS", "8")
+        c.check_cluster(tmp_path)
+
+
+def test_engine_without_a_cluster(tmp_path):
+    "The command line says what is missing: Ray, or a cluster."
+    env = os.environ | dict(RAY_ADDRESS="", UCDM_ENGINE="")
+    done = subprocess.run([sys.executable, "-m", "ucdm.reproduce", "--profile", "smoke", "--only", "table_11", "--engine", "ray", "--address", "127.0.0.1:1", "--out", str(tmp_path)], capture_output=True, text=True, env=env)
+    assert done.returncode in (1, 2), done.stdout + done.stderr
+    assert "no Ray cluster at '127.0.0.1:1'" in done.stderr or "Ray is not installed" in done.stderr

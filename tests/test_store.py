@@ -1,0 +1,77 @@
+"""Stores of pairs from outside: two processes, commands, and training from images that stay on disk."""
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ucdm import runs
+from ucdm.runs import RunSpec, pair_set, run
+from ucdm.store import MappedImages, PairStore
+
+SPEC = dict(kind="positive", classes=["cat", "dog"])
+IMAGES = torch.arange(8 * 2 * 3 * 4 * 4).remainder(251).to(torch.uint8).view(8, 2, 3, 4, 4)
+
+HOLDER = """
+import sys, time
+from ucdm.store import PairStore
+with PairStore(sys.argv[1]).lock():
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+
+
+def command(*words):
+    done = subprocess.run([sys.executable, "-m", "ucdm.store", *map(str, words)], capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_second_writer(tmp_path):
+    "While a process holds a store, others can read it, and are told who holds it when they want to write. When it is killed the store is free."
+    store = PairStore(tmp_path, SPEC)
+    store.append([0, 1, 2, 3], IMAGES[:4])
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "locked\n"
+        assert torch.equal(store.load([3, 0]), IMAGES[[3, 0]])
+        status, said = command("repair", tmp_path)
+        assert status == 1 and f"process {holder.pid} on" in said and "another process is writing" in said
+    finally:
+        holder.kill()
+        holder.wait()
+    store.append([4, 5, 6, 7], IMAGES[4:])
+    assert torch.equal(store.open(range(8))[:], IMAGES)
+
+
+def test_commands(tmp_path):
+    "verify finds a damaged shard and half a file, repair mends, and what is missing is known."
+    store = PairStore(tmp_path / "pairs" / "p", SPEC)
+    for a in (0, 2, 4, 6): store.append([a, a + 1], IMAGES[a:a + 2])
+    assert command("verify", tmp_path)[0] == 0
+    bad = store.folder / store.index()[1]["file"]
+    bad.write_bytes(bad.read_bytes()[:-1])
+    (store.folder / "pairs-0000009-00000000.safetensors.partial").write_bytes(b"half")
+    status, said = command("verify", tmp_path)
+    assert status == 1 and bad.name in said and "does not name: 1" in said
+    assert command("repair", tmp_path)[0] == 0
+    status, said = command("status", tmp_path, "--seeds", "8")
+    assert status == 1 and "2 of 8 seeds missing, the first is 2" in said
+    assert command("verify", tmp_path)[0] == 0 and not bad.exists()
+    assert command("verify", tmp_path / "nothing")[0] == 2
+
+
+def test_training_from_disk(tmp_path, monkeypatch):
+    "Pairs that are too large for memory are read batch by batch, and give the same classifier; a damaged shard among them is made again."
+    spec = RunSpec(n_seeds=12, n_test=10, mismatch=0.5, pairs=dict(steps=2), train=dict(rounds=2, epochs_per_round=2, batch_size=4, depth=10, width=1, precision="float32"))
+    torch.set_num_threads(1)
+    try:
+        in_memory = run(spec, tmp_path, progress=False)
+        monkeypatch.setattr(runs, "LOAD_UP_TO", 0)
+        shard = next((tmp_path / "pairs").rglob("*.safetensors"))
+        shard.write_bytes(b"damaged")
+        with pytest.warns(UserWarning, match="truncated or altered"): pairs = pair_set(spec, tmp_path)
+        assert isinstance(pairs.positives, MappedImages) and isinstance(pairs.negatives, MappedImages)
+        from_disk = run(spec, tmp_path, fresh=True, progress=False)
+        assert from_disk.protocols == in_memory.protocols and from_disk.epochs == in_memory.epochs
+    finally: torch.set_num_threads(os.cpu_count())
