@@ -214,3 +214,12 @@ def test_results_are_json(project):
     held = json.loads((folder / "out" / "results" / "batch.json").read_text())
     assert held["jobs"]["table_01"]["status"] == "done"
     assert {"python", "packages", "device", "commit", "started"} <= held.keys()
+
+
+def test_plan_of_the_paper(tmp_path):
+    "Table 3 without any data set on disk: nothing is downloaded or written, and the pairs are those of 40,000 seeds and 20 classes."
+    env = os.environ | dict(UCDM_DATA=str(tmp_path / "data"))
+    done = subprocess.run([sys.executable, "-m", "ucdm.reproduce", "--profile", "paper", "--only", "table_03", "--plan", "--rate", "1000", "--training-rate", "1000", "--out", str(tmp_path / "out")], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "1,600,000 to generate" in done.stdout and "64,000,000 of them for pairs" in done.stdout and "without reading any: cifar100" in done.stdout
+    assert not list(tmp_path.iterdir())

@@ -7,7 +7,7 @@ __all__ = ['RETRIES', 'PATIENCE', 'BATCH_SIZE', 'SHARD_SIZE', 'Needs', 'task_nee
            'check_cluster', 'carried', 'located', 'set_up', 'run_tasks', 'Basket', 'make_shard', 'RemotePrior',
            'remote_prior', 'fill_stores', 'compute_run', 'compute_runs']
 
-# %% ../nbs/86_cluster.ipynb #11ca1362
+# %% ../nbs/86_cluster.ipynb #e48e1274
 import importlib, os, platform, re, socket, time, uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ from .runs import RunResult, RunSpec, cache_folder, code_hash, get_method, is_pa
 
 if TYPE_CHECKING: from ucdm.store import PairStore
 
-# %% ../nbs/86_cluster.ipynb #b9508c1a
+# %% ../nbs/86_cluster.ipynb #46ccd08c
 @dataclass(frozen=True)
 class Needs:
     "What a task asks of the cluster. ValueError for what no machine can give."
@@ -40,7 +40,7 @@ def task_needs(ray) -> Needs:
     cpus, gpus = os.environ.get("UCDM_TASK_CPUS"), os.environ.get("UCDM_TASK_GPUS")
     return Needs(float(cpus or 1), float(gpus) if gpus else float(ray.cluster_resources().get("GPU", 0) >= 1))
 
-# %% ../nbs/86_cluster.ipynb #fab9d451
+# %% ../nbs/86_cluster.ipynb #2af57eb1
 def load_ray():
     "The module. ModuleNotFoundError says how to get it."
     try: import ray
@@ -89,9 +89,9 @@ def check_cluster(cache: str | Path, address: str | None = None) -> str: # a lin
         if not f["sees"]: raise RuntimeError(f"{f['host']} does not see {token.parent}: results must be in a folder that all machines share; choose one with --out.")
         if f["code"] != here["code"]: raise RuntimeError(f"{f['host']} has other code of ucdm than {here['host']}; install the same version everywhere.")
     total = ray.cluster_resources()
-    return f"{len(able)} machines with {total.get('CPU', 0):g} cores and {total.get('GPU', 0):g} GPUs; a task takes {needs.cpus:g} and {needs.gpus:g}"
+    return f"{len(able)} machine{'s' * (len(able) != 1)} with {total.get('CPU', 0):g} cores and {total.get('GPU', 0):g} GPUs; a task takes {needs.cpus:g} and {needs.gpus:g}"
 
-# %% ../nbs/86_cluster.ipynb #2f6024b2
+# %% ../nbs/86_cluster.ipynb #247f4d2d
 RETRIES = 5    # times that a task is done again when its worker is lost
 PATIENCE = 120 # seconds to wait for a machine when none is left that can run a task
 
@@ -140,7 +140,7 @@ def run_tasks(function, # what a worker does
         if width := slots(): last_seen = time.monotonic()
         elif running and time.monotonic() - last_seen > PATIENCE: raise RuntimeError(f"no machine of the cluster is left that has {needs.cpus:g} cores and {needs.gpus:g} GPUs. What was finished is kept; the same command goes on from there.")
 
-# %% ../nbs/86_cluster.ipynb #95ed7e30
+# %% ../nbs/86_cluster.ipynb #827f53d1
 class Basket:
     "Takes the place of a `PairStore` where a shard is made."
     def __init__(self, group: Sequence[int]): self.group, self.images = list(group), None
@@ -216,7 +216,7 @@ def fill_stores(stores: dict[str, "PairStore"], # kind -> store
             if isinstance(made, Exception): raise made
             for kind, x in made.items(): stores[kind].append(group, torch.from_numpy(x.copy()))
 
-# %% ../nbs/86_cluster.ipynb #7d8f4a81
+# %% ../nbs/86_cluster.ipynb #4a98f4fb
 def compute_run(env, modules, spec: RunSpec, cache: str, fresh: bool, root, progress: bool) -> RunResult:
     "What a worker does for a run."
     set_up(env, modules)

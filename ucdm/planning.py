@@ -6,7 +6,7 @@
 __all__ = ['COSTS', 'Sizes', 'sizes_only', 'Curtain', 'Rehearsal', 'rehearse', 'Pool', 'image_passes', 'own_evaluations', 'Plan',
            'make_plan', 'is_here', 'evaluation_rate', 'describe_plan']
 
-# %% ../nbs/87_planning.ipynb #7f05459c
+# %% ../nbs/87_planning.ipynb #b0dc5248
 import io, json, os, tempfile, time, warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ from .runs import RunSpec, get_method, human_time, method_config, pair_config, p
 from .splits import IMAGES_PER_CLASS
 from .store import PairSet, PairStore
 
-# %% ../nbs/87_planning.ipynb #4d7437e7
+# %% ../nbs/87_planning.ipynb #8f7f8d93
 class Sizes(ImageSet):
     "A data set of which only the numbers are known: blank images that take no memory, with the official count of each class."
     fingerprint = property(lambda self: f"{self.name}, {len(self)} blank images")
@@ -58,7 +58,7 @@ def sizes_only(real: bool = False): # whether to prefer data sets that are on di
         with mock.patch("ucdm.data.load_dataset", stand_in), mock.patch("ucdm.splits.load_dataset", stand_in): yield
     finally: runs._dataset.cache_clear()
 
-# %% ../nbs/87_planning.ipynb #73c23c92
+# %% ../nbs/87_planning.ipynb #698fd042
 class Curtain(BaseException): "Raised by a stand-in where the real thing would begin to cost something. Not an Exception: notebooks must not catch it."
 
 @dataclass
@@ -113,7 +113,7 @@ def rehearse(job: Job, real: bool = False) -> Rehearsal: # `real`: prefer data s
                 if not raised: found.problem = f"{type(e).__name__}: {e}"; break
     return found
 
-# %% ../nbs/87_planning.ipynb #1b6e3d21
+# %% ../nbs/87_planning.ipynb #09e20ccd
 @dataclass
 class Pool:
     "Positives, or negatives, that some runs share."
@@ -202,7 +202,7 @@ def _count(spec, trains, row, pools, seen, cache) -> bool: # whether its result 
             row["evaluations"] += pool.evaluations - before[1]
     return False
 
-# %% ../nbs/87_planning.ipynb #7a9ed9c5
+# %% ../nbs/87_planning.ipynb #60daacc9
 def is_here(prior: str) -> bool:
     "Whether a generator can be loaded without a download."
     if not prior_identity(prior).startswith("hub:"): return True
@@ -251,7 +251,7 @@ def describe_plan(plan: Plan,
         source = "given"
         if training_rate is None:
             from ucdm.training import TrainConfig, training_rate as measured
-            training_rate, source = measured(TrainConfig(), iterations=3)["train_images_per_s"], "measured here"
+            training_rate, source = measured(TrainConfig(), iterations=3)["train_images_per_s"], "measured here with a WideResNet-28-2"
         lines.append(f"training           {human_time(plan.passes / training_rate)} on one device for about {plan.passes:.2g} images at {training_rate:,.0f} a second ({source})")
     if plan.blank: lines.append(f"\nCounted by official numbers of images, without reading any: {', '.join(plan.blank)}.")
     if beyond := [r for r in plan.rehearsals if r.more]:

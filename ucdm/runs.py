@@ -413,10 +413,12 @@ def stock_pairs(spec: RunSpec, cache: str | Path | None = None, root: str | Path
     split, train = run_split(spec, root), _dataset(spec.dataset, "train", root)
     ids = split.seed_index.tolist()
     pools = {kind: pool_folder(spec, kind, split, train, cache_folder(cache)) for kind in KINDS}
-    with locked(pools["positive"] / ".wait", "these pairs"), locked(pools["negative"] / ".wait", "these pairs"):
+    def stocked():
         stores = {kind: PairStore(pool) for kind, pool in pools.items() if (pool / "spec.json").exists()}
-        if len(stores) < len(pools) or any(s.missing(ids, len(ids)) for s in stores.values()): stores = _fill(spec, split, train, pools, ids, bars)
-    return stores
+        return stores if len(stores) == len(pools) and all(len(s.held(ids)) == len(ids) for s in stores.values()) else None
+    if stores := stocked(): return stores # whoever finds all pairs there waits for nobody
+    with locked(pools["positive"] / ".wait", "these pairs"), locked(pools["negative"] / ".wait", "these pairs"):
+        return stocked() or _fill(spec, split, train, pools, ids, bars)
 
 
 LOAD_UP_TO = 1 << 30 # bytes of positives, or of negatives; more stays on disk, and batches are read from there
