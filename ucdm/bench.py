@@ -189,6 +189,7 @@ app = typer.Typer(add_completion=False, help="Rates of pair generation and train
 @app.command()
 def main(rounds: int = typer.Option(4, help="how often plain and ours take turns"),
          n_seeds: int = typer.Option(32, help="seed images of a turn; the plain implementation gets a quarter of them"),
+         steps: int = typer.Option(PairConfig.steps, help="DDIM steps of a pair; fewer make shorter turns"),
          iterations: int = typer.Option(3, help="training iterations of a turn"),
          pairs: bool = typer.Option(True, help="pair generation"), training: bool = typer.Option(True, help="training"), sd2: bool = typer.Option(True, help="Stable Diffusion 2's UNet, if there is a GPU")):
     "Print the benchmark tables."
@@ -198,12 +199,12 @@ def main(rounds: int = typer.Option(4, help="how often plain and ours take turns
         seeds = pool[torch.arange(0, len(pool), len(pool) // n_seeds)[:n_seeds]].unlabelled()
         plain, ours, fast = load_prior(dtype=torch.float32), load_prior(), load_prior().compile()
         size = find_batch_size(ours)
-        few = seeds[torch.arange(max(1, n_seeds // 4))]
+        few, config = seeds[torch.arange(max(1, n_seeds // 4))], PairConfig(steps=steps)
         for prior in (fast, ours): generate_pairs(prior, seeds, ("T-shirt", "trouser"), PairConfig(steps=1), batch_size=size, progress=False) # compiles both batch shapes
         time_plain(plain, few, config=PairConfig(steps=1))
-        table = in_turn({"plain (float32, one call at a time)": lambda: time_plain(plain, few), f"ours ({str(ours.dtype)[6:]})": lambda: time_pairs(ours, seeds, batch_size=size),
-                         "ours, compiled": lambda: time_pairs(fast, seeds, batch_size=size)}, rounds)
-        print(f"\nPairs, 80 evaluations each ({card}):\n{table.round(3).to_string()}")
+        table = in_turn({"plain (float32, one call at a time)": lambda: time_plain(plain, few, config=config), f"ours ({str(ours.dtype)[6:]})": lambda: time_pairs(ours, seeds, config=config, batch_size=size),
+                         "ours, compiled": lambda: time_pairs(fast, seeds, config=config, batch_size=size)}, rounds)
+        print(f"\nPairs, {evaluations(1, config)} evaluations each ({card}):\n{table.round(3).to_string()}")
     if training:
         made = PairSet(*torch.randint(256, (2, 256, 2, 3, 32, 32), dtype=torch.uint8), ("T-shirt", "trouser"))
         runs = {"plain (float32, image by image, positives twice)": plain_training(made)} | {f"ours ({p})": our_training(made, TrainConfig(precision=p)) for p in ("float32", "bfloat16")}

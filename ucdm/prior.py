@@ -7,7 +7,7 @@ __all__ = ['PACKAGED', 'MODELS', 'TAKEN_DOWN', 'team', 'default_device', 'defaul
            'ddim_schedule', 'Prior', 'load_prior', 'sample_images']
 
 # %% ../nbs/20_prior.ipynb #f5069835
-import hashlib, json, os, re, warnings
+import hashlib, json, os, re, shutil, sys, warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -56,7 +56,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 class compiled:
     "`torch.compile(module)`, and from its first failure on the module as it is. OutOfMemoryError and the like are passed on."
     def __init__(self, module: torch.nn.Module, **options): # of `torch.compile`
-        self.module, self.fast = module, torch.compile(module, **options)
+        has_compiler = torch.cuda.is_available() or shutil.which(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))
+        self.module, self.fast = module, torch.compile(module, **options) if has_compiler else None
 
     def __call__(self, *args, **kwargs):
         if self.fast is not None:
@@ -112,7 +113,8 @@ class Prior:
         h = hashlib.sha256(b"float16" if self.dtype == torch.float16 else b"") # weights kept in float16 have the same sums in float32
         for part in ("unet", "vae", "text_encoder", "scheduler"):
             module = getattr(self.pipe, part)
-            h.update(json.dumps({k: v for k, v in module.config.items() if not k.startswith("_")} if part != "text_encoder" else {}, sort_keys=True, default=str).encode())
+            config = {k: v for k, v in module.config.items() if not k.startswith("_")} if part != "text_encoder" else {} if (act := module.config.hidden_act) == "quick_gelu" else {"hidden_act": act}
+            h.update(json.dumps(config, sort_keys=True, default=str).encode())
             for k, v in getattr(module, "named_parameters", lambda: ())():
                 h.update(f"{k} {tuple(v.shape)} {v.double().sum().item():.12e} {v.double().square().sum().item():.12e}".encode())
         return h.hexdigest()[:16]
