@@ -1,4 +1,5 @@
-"""Generators from the hub and from folders: a download that is killed, a hub that is down, files that arrive damaged, layouts of older versions."""
+"""Generators from the hub and from folders: a download that is killed, a hub that is down, files that arrive damaged, layouts of older versions.
+Generating with them: in several processes, and with too little memory."""
 import hashlib
 import json
 import os
@@ -6,15 +7,19 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import ucdm.prior as prior_module
-from ucdm.prior import load_prior
+from ucdm.data import ImageSet, load_dataset
+from ucdm.pairs import PairConfig, generate_pairs
+from ucdm.prior import compiled, load_prior
 from ucdm.stable_diffusion_2 import SD2_BASE, clip_tokenizer, random_pipeline, shrunk
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -163,7 +168,9 @@ class Request(BaseHTTPRequestHandler):
 
 LOADS = """
 import sys, torch
-from ucdm.prior import load_prior
+from ucdm.data import ImageSet, load_dataset
+from ucdm.pairs import PairConfig, generate_pairs
+from ucdm.prior import compiled, load_prior
 for line in sys.stdin:
     try: print("loaded", load_prior(line.strip(), device="cpu", dtype=torch.float32).fingerprint, flush=True)
     except ValueError as e: print("ValueError", " ".join(str(e).split()), flush=True)
@@ -236,3 +243,112 @@ def test_interrupted_download(hub, folder):
     assert "revision are right" in ask(second, "owner/small@v2")
     assert "see that the id" in ask(second, "owner/large")
     assert "sd2-community" in ask(second, "stabilityai/stable-diffusion-2-base")
+
+
+# several processes
+
+def pairs_command(store, processes=1, seeds=160):
+    "Generate pairs into a folder; several processes by torchrun, which is what `accelerate launch` calls where there are several GPUs."
+    module = ["ucdm.pairs", "fashion-mnist", "T-shirt", "trouser", "--store", str(store), "--steps", "2", "--first", str(seeds), "--batch-size", "64"]
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
+    alone = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")} | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen([sys.executable, "-m", *(launcher if processes > 1 else []), *module], env=alone, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def files(store): return {p.relative_to(store): p.read_bytes() for p in sorted(store.rglob("*")) if p.is_file() and p.name != ".lock"}
+
+
+def test_two_processes_one_dies(tmp_path):
+    "Two processes share the work, one is killed, both are started again: the store of a single process, to the last byte."
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    launched = pairs_command(together, 2)
+    index = together / "positive" / "index.jsonl"
+    while not index.exists() and launched.poll() is None: time.sleep(0.1)
+    workers = [p for p in psutil.Process(launched.pid).children(recursive=True) if "ucdm.pairs" in p.cmdline()]
+    assert len(workers) == 2, launched.communicate()[0]
+    max(workers, key=lambda p: int(p.environ()["RANK"])).kill()
+    assert launched.wait(300) != 0 and not [p for p in workers if p.is_running() and p.status() != psutil.STATUS_ZOMBIE], "the other one is ended too"
+    made = len(index.read_text().splitlines())
+    assert 1 <= made < 5
+
+    launched = pairs_command(together, 2)
+    said = launched.communicate()[0]
+    assert launched.returncode == 0, said
+    single = pairs_command(alone)
+    said = single.communicate()[0]
+    assert single.returncode == 0, said
+    assert files(together) == files(alone)
+    assert len(index.read_text().splitlines()) == 5
+
+
+# memory
+
+class Small:
+    "A UNet on a machine that holds only so many samples."
+    def __init__(self, unet, limit, error): self.unet, self.limit, self.error, self.seen = unet, limit, error, []
+
+    def __call__(self, x, *args):
+        self.seen.append(len(x))
+        if len(x) > self.limit: raise self.error
+        return self.unet(x, *args)
+
+
+ERRORS = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB."),
+          RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9663676416 bytes. Error code 12 (Cannot allocate memory)")]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=["GPU", "CPU"])
+def test_out_of_memory(error):
+    "The batch is halved until it fits, the user is told, and the pairs are those of an undisturbed run."
+    prior, seeds = load("fashion-mnist"), load_dataset("fashion-mnist", "test")[[1, 200, 500, 900, 1500]]
+    make = lambda: generate_pairs(prior, seeds, ("T-shirt", "trouser"), PairConfig(steps=2), batch_size=8, progress=False)
+    whole = make()
+    prior.unet = unet = Small(prior.pipe.unet, 9, error)
+    with pytest.warns(UserWarning, match="out of memory with") as said: pairs = make()
+    assert [str(w.message) for w in said] == ["out of memory with 8 pairs in a batch; going on with 4.", "out of memory with 4 pairs in a batch; going on with 2."]
+    assert max(unet.seen) == 24 and set(unet.seen[unet.seen.index(6):]) == {2, 6}
+    for ours, theirs in ((pairs.positives, whole.positives), (pairs.negatives, whole.negatives)): assert (ours.int() - theirs.int()).abs().max() <= 1
+
+    prior.unet = Small(prior.pipe.unet, 2, error)
+    with pytest.warns(UserWarning), pytest.raises(MemoryError, match="not enough memory for one of the pairs"): make()
+
+
+def test_out_of_memory_while_decoding(monkeypatch):
+    prior, seeds = load("fashion-mnist"), load_dataset("fashion-mnist", "test")[[1, 200, 500]]
+    make = lambda: generate_pairs(prior, seeds, ("T-shirt", "trouser"), PairConfig(steps=1), progress=False)
+    whole, decode = make(), prior.pipe.vae.decode
+    def limited(z):
+        if len(z) > 2: raise ERRORS[0]
+        return decode(z)
+    monkeypatch.setattr(prior.pipe.vae, "decode", limited)
+    with pytest.warns(UserWarning, match="6 latents in a batch; going on with 3"): pairs = make()
+    assert (pairs.negatives.int() - whole.negatives.int()).abs().max() <= 1
+
+
+def test_out_of_memory_is_no_reason_not_to_compile():
+    "Compiled code that runs out of memory says so; only compiling that fails is passed over in silence."
+    network = compiled(torch.nn.Identity(), backend="eager")
+    network.fast = lambda x: (_ for _ in ()).throw(ERRORS[0])
+    with pytest.raises(torch.OutOfMemoryError): network(torch.zeros(1))
+    assert network.fast is not None
+
+
+def test_compile_without_a_compiler(tmp_path):
+    "Asked to compile where there is no C++ compiler, the prior goes on without, and without a word."
+    code = "import torch\nfrom ucdm.prior import load_prior\n" \
+        "prior = load_prior(device='cpu', dtype=torch.float32)\nx, text = torch.zeros(2, *prior.latent_shape), prior.embed(['', ''])\nplain = prior.predict(x, 1, text)\n" \
+        "prior.compile()\nassert torch.allclose(prior.predict(x, 1, text), plain, atol=1e-4) and not prior.fixed_shapes"
+    (broken := tmp_path / "broken").write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    for compiler in (tmp_path / "none", broken):
+        env = os.environ | {"CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        if compiler != broken: assert not done.stderr
+
+
+# pictures that are not square
+
+def test_stored_size_is_that_of_the_seeds(folder):
+    seeds = ImageSet(torch.randint(0, 256, (2, 3, 24, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)), torch.full((2,), -1), ("cat",), "wide")
+    assert generate_pairs(load(folder), seeds, ("cat",), PairConfig(steps=1), progress=False).positives.shape == (2, 1, 3, 24, 40)
