@@ -19,22 +19,36 @@ SPEC = RunSpec(n_seeds=12, n_test=10, mismatch=0.5, pairs=dict(steps=2), train=d
 NODE = dict(include_dashboard=False, object_store_memory=100_000_000)
 
 
+def start_cluster(attempts=4):
+    "A head that computes nothing, and two nodes of one core each. Ray gives a node 30 seconds to appear, which a busy machine can miss: then once more."
+    from ray.cluster_utils import Cluster
+    for left in reversed(range(attempts)):
+        cluster = Cluster()
+        try:
+            cluster.add_node(num_cpus=0, **NODE)
+            cluster.workers = [cluster.add_node(num_cpus=1, **NODE) for _ in range(2)]
+            return cluster
+        except Exception:
+            cluster.shutdown()
+            if not left: raise
+
+
 @pytest.fixture(scope="module")
 def cluster():
-    "A head that computes nothing, and two nodes of one core each. Workers are started with one thread."
-    from ray.cluster_utils import Cluster
+    "Started for all tests of this file. Its workers have one thread each."
     before = dict(os.environ)
-    os.environ.update(RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1", UCDM_ENGINE="ray")
-    cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=0, **NODE))
-    os.environ["RAY_ADDRESS"] = cluster.address
-    cluster.workers = [cluster.add_node(num_cpus=1, **NODE) for _ in range(2)]
-    torch.set_num_threads(1)
-    try: yield cluster
+    threads, cluster = torch.get_num_threads(), None
+    try:
+        os.environ.update(RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1", UCDM_ENGINE="ray")
+        cluster = start_cluster()
+        os.environ["RAY_ADDRESS"] = cluster.address
+        torch.set_num_threads(1)
+        yield cluster
     finally:
         import ray
         ray.shutdown()
-        cluster.shutdown()
-        torch.set_num_threads(os.cpu_count())
+        if cluster: cluster.shutdown()
+        torch.set_num_threads(threads)
         os.environ.clear()
         os.environ.update(before)
 

@@ -250,7 +250,7 @@ def test_interrupted_download(hub, folder):
 def pairs_command(store, processes=1, seeds=160):
     "Generate pairs into a folder; several processes by torchrun, which is what `accelerate launch` calls where there are several GPUs."
     module = ["ucdm.pairs", "fashion-mnist", "T-shirt", "trouser", "--store", str(store), "--steps", "2", "--first", str(seeds), "--batch-size", "64"]
-    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
+    launcher = ["torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1", "--nproc_per_node", str(processes), "-m"]
     alone = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")} | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     return subprocess.Popen([sys.executable, "-m", *(launcher if processes > 1 else []), *module], env=alone, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -264,6 +264,7 @@ def test_two_processes_one_dies(tmp_path):
     launched = pairs_command(together, 2)
     index = together / "positive" / "index.jsonl"
     while not index.exists() and launched.poll() is None: time.sleep(0.1)
+    assert launched.poll() is None, f"ended before a shard was written: {launched.communicate()[0]}"
     workers = [p for p in psutil.Process(launched.pid).children(recursive=True) if "ucdm.pairs" in p.cmdline()]
     assert len(workers) == 2, launched.communicate()[0]
     max(workers, key=lambda p: int(p.environ()["RANK"])).kill()
