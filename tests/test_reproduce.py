@@ -63,6 +63,39 @@ def test_all_run_and_are_kept(project):
     assert "4" in [o.data["text/plain"] for c in executed.cells if c.cell_type == "code" for o in c.outputs if "data" in o]
 
 
+def test_forked_kernels(project):
+    "Notebooks that share imports are forked from one process where that is safe; each has a namespace and modules of its own, may start processes, and shows its figures."
+    from ucdm.reproduce import can_fork
+    body = """import json, math, multiprocessing, matplotlib.pyplot as plt
+from concurrent.futures import ProcessPoolExecutor
+assert not hasattr(json, "touched"), "another notebook's change is seen here"
+json.touched = True
+with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool: print(list(pool.map(math.sqrt, [4, 9])))
+plt.plot([1, 2]); plt.show()
+multiprocessing.parent_process() is not None"""
+    names = [f"table_0{i}" for i in range(3)]
+    folder = project(**{name: notebook(body=body) for name in names})
+    status, said, error = batch(folder, "--jobs", "1")
+    assert status == 0, said
+    assert "leaked" not in error and "Warning" not in error, error
+    for name in names:
+        outputs = [o for c in nbformat.read(folder / "out" / "notebooks" / f"{name}.ipynb", 4).cells if c.cell_type == "code" for o in c.outputs]
+        assert "[2.0, 3.0]\n" in [o.get("text") for o in outputs]
+        assert any("image/png" in o.get("data", {}) for o in outputs)
+        assert str(can_fork()) in [o["data"]["text/plain"] for o in outputs if "data" in o]
+        assert not (folder / "out" / "logs" / f"{name}.log").read_text().strip()
+
+
+@pytest.mark.parametrize("missing", ["no_such_module", "broken"])
+def test_import_that_fails(project, tmp_path, monkeypatch, missing):
+    "What the notebooks share cannot be imported: each says so, as it would alone."
+    (tmp_path / "broken.py").write_text("raise RuntimeError('broken on purpose')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    folder = project(table_01=notebook(body=f"import {missing}"), table_02=notebook(body=f"import {missing}"))
+    status, said, _ = batch(folder)
+    assert status == 1 and said.count("failed: ModuleNotFoundError: No module named" if missing != "broken" else "failed: RuntimeError: broken on purpose") == 2
+
+
 def test_one_fails(project):
     "The failing notebook is named with its error, the others run, the exit status tells."
     folder = project(table_01=notebook(body="1 / 0"), table_02=notebook())
