@@ -256,3 +256,21 @@ def test_plan_of_the_paper(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "1,600,000 to generate" in done.stdout and "64,000,000 of them for pairs" in done.stdout and "without reading any: cifar100" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_committed_results():
+    "The README says of each item what the committed results of profile quick found, and the page of results links to what is there."
+    import re
+    from pathlib import Path
+    root = Path(__file__).parent.parent
+    results = root / "outputs" / "quick"
+    rows = [line.split("|") for line in (root / "README.md").read_text().splitlines() if re.match(r"\| (Tables?|Figures?|ours) ?", line)]
+    assert len(rows) > 30
+    for _, item, notebook, _, expected, found, *_ in rows:
+        names = re.findall(r"experiments/(\w+)\.ipynb", notebook + expected)
+        files = [results / "results" / f"{n}.json" for n in names]
+        verdicts = [json.loads(f.read_text())["verdict"] if f.exists() else "not run" for f in files]
+        assert found.strip() == (verdicts[0] if len(set(verdicts)) == 1 else ", ".join(verdicts)), item
+    links = set(re.findall(r'href="([^"#]+)"', (results / "index.html").read_text()))
+    lacking = [link for link in links if not link.startswith("http") and not (results / link).exists()]
+    assert len(links) > 100 and not lacking, lacking[:5]
