@@ -135,7 +135,8 @@ def notebooks():
 
 def tests():
     "Processes from outside: kill and resume, command line, bad input."
-    status, text = run("python", "-m", "pytest", "tests", "--durations=5")
+    workers = min(4, os.cpu_count() or 1)
+    status, text = run("python", "-m", "pytest", "tests", "--durations=5", "-n", str(workers), "--dist", "loadgroup", OMP_NUM_THREADS="1")
     return status == 0, ", ".join(re.findall(r"\d+ (?:passed|failed|errors?|skipped)", text.splitlines()[-1] if text else "")) + " in pytest"
 
 

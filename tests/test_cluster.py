@@ -15,6 +15,7 @@ from ucdm.runs import RunSpec, grid, pool_folder, run_many, run_split
 from ucdm.store import PairStore, look_over
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install 'ucdm[cluster]'")
+pytestmark = pytest.mark.xdist_group("cluster")  # one cluster for all of them
 SPEC = RunSpec(n_seeds=12, n_test=10, mismatch=0.5, pairs=dict(steps=2), train=dict(rounds=2, epochs_per_round=2, batch_size=4, depth=10, width=1, precision="float32"))
 NODE = dict(include_dashboard=False, object_store_memory=100_000_000)
 

@@ -85,12 +85,13 @@ def open_set_figure(results: Sequence[RunResult],
         if by == "class_split": theirs = theirs[theirs.class_split.isin(values)]
         ax.plot([place(v) for v in theirs[by]], theirs.value, "o--", ms=5, mfc="white", color="#777777", lw=1, zorder=1)
         if metric in ("known", "closed") and len(theirs): ends.append((place(theirs[by].iloc[-1]), theirs.value.iloc[-1], f"paper,\n{DATASET_LABELS[theirs.dataset.iloc[0]]}", "#777777"))
-        ax.set(title=title, xlabel=AXES[by], ylim=(min(-2, frame[frame.metric.isin(metrics)].value.min() - 3), 104))
+        ax.set(title=title, ylim=(min(-2, frame[frame.metric.isin(metrics)].value.min() - 3), 104))
         if by == "class_split": ax.set_xticks(range(len(values)), values, fontsize=7)
         low, high = ax.get_xlim()
         if metric in ("known", "closed", "balance") and len(ends) > 1: ax.set_xlim(low, high + 0.6 * (high - low))
         if metric in ("known", "closed", "balance"): label_ends(ax, ends if frame.method.nunique() > 1 else ends[1:])
     axes[0][0].set_ylabel("accuracy (%)")
+    fig.supxlabel(AXES[by], fontsize=plt.rcParams["axes.labelsize"])
     return fig
 
 # %% ../nbs/84_comparisons.ipynb #84aa0006
