@@ -75,3 +75,12 @@ def test_training_from_disk(tmp_path, monkeypatch):
         from_disk = run(spec, tmp_path, fresh=True, progress=False)
         assert from_disk.protocols == in_memory.protocols and from_disk.epochs == in_memory.epochs
     finally: torch.set_num_threads(os.cpu_count())
+
+
+def test_opened_at_the_same_time(tmp_path):
+    "Several processes begin the same store at once."
+    code = "import sys, time, json; from ucdm.store import PairStore\nfor i in range(200):\n    while time.time() % 0.05 > 0.01: pass\n    PairStore(f'{sys.argv[1]}/{i}', dict(kind='positive'))"
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}) for _ in range(3)]
+    said = [p.communicate()[1] for p in processes]
+    assert not any(p.returncode for p in processes), said
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["spec.json"] * 200

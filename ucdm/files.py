@@ -6,16 +6,17 @@
 __all__ = ['write_atomic']
 
 # %% ../nbs/13_files.ipynb #f21f644a
-import os, shutil
+import os, shutil, uuid
 from pathlib import Path
 
 # %% ../nbs/13_files.ipynb #8bf156d3
 def write_atomic(path: str | Path, # final name; its folder is made if need be
                  content: bytes | str, # str is written as UTF-8
+                 rivals: bool = False, # whether other processes may write the same file at the same time: the last one wins
                 ) -> Path: # the same path
     "Write a file, all or nothing. OSError says what could not be written and what to do; the file that was there before is then unchanged."
     path, content = Path(path), content.encode() if isinstance(content, str) else content
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8] + '.' if rivals else ''}partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as f:
