@@ -274,3 +274,20 @@ def test_committed_results():
     links = set(re.findall(r'href="([^"#]+)"', (results / "index.html").read_text()))
     lacking = [link for link in links if not link.startswith("http") and not (results / link).exists()]
     assert len(links) > 100 and not lacking, lacking[:5]
+
+
+def test_page_alone(project):
+    "The page of a folder without its executed notebooks: the same claims and facts, links to the sources, nothing run."
+    import re
+    import shutil
+    folder = project(table_01=notebook(), table_02=notebook(body="1 / 0"))
+    assert batch(folder)[0] == 1
+    facts = json.loads((folder / "out" / "results" / "batch.json").read_text())
+    shutil.rmtree(folder / "out" / "notebooks")
+    status, said, _ = batch(folder, "--page")
+    assert status == 0 and "started" not in said
+    assert json.loads((folder / "out" / "results" / "batch.json").read_text()) == facts
+    page = (folder / "out" / "index.html").read_text()
+    links = [link for link in re.findall(r'href="([^"#]+)"', page)]
+    assert "../nbs/experiments/table_01.ipynb" in links and all((folder / "out" / link).exists() for link in links)
+    assert "ZeroDivisionError" in page and "holds at this scale" in page

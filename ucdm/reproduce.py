@@ -371,7 +371,7 @@ def _forked(lock, log, env, args): # in the new process
     sys.exit(execute(*args, fork=True))
 
 # %% ../nbs/82_reproduce.ipynb #35a81a08
-def thumbnail(path: Path, width: int = 560) -> str: # data URI; "" if there is no such figure
+def thumbnail(path: Path, width: int = 400) -> str: # data URI; "" if there is no such figure
     "A figure, small enough to live in the page."
     try: return _thumbnail(path, width, path.stat().st_mtime_ns)
     except OSError: return ""
@@ -440,9 +440,10 @@ blockquote { margin: .6rem 0; border-left: 3px solid var(--line); padding-left: 
 
 def write_summary(batch: "Batch") -> Path:
     "Write `index.html` for what there is now. A problem with one notebook's page is shown there instead of ending the batch."
-    out, kept = batch.out, {}
-    try: kept = json.loads((out / "results" / "batch.json").read_text())["jobs"]
-    except (OSError, ValueError, KeyError): pass
+    out, before = batch.out, {}
+    try: before = json.loads((out / "results" / "batch.json").read_text())
+    except (OSError, ValueError): pass
+    kept = before.pop("jobs", {})
     for job in batch.jobs:
         if (o := batch.outcomes.get(job.name)) is None: continue
         entry = dict(status="done" if o.status == "kept" else o.status, seconds=round(o.seconds, 1) if o.status != "kept" else kept.get(job.name, {}).get("seconds"), error=o.error, traceback="\n".join(first_lines(o.traceback)),
@@ -452,12 +453,13 @@ def write_summary(batch: "Batch") -> Path:
             try: notebook_html(batch.notebook(job), job.experiment.title)
             except Exception as e: entry["error"] = entry["error"] or f"its HTML page could not be made ({type(e).__name__}: {e})"
         kept[job.name] = entry
-    order = [j.name for j in batch.jobs]
-    names = order + [n for n in kept if n not in order]
-    items = [_item(out, n, kept[n] if n in kept else dict(status="waiting", title=next(j.experiment.title for j in batch.jobs if j.name == n), claim="", parameters={}), batch.result(n)) for n in names]
+    waiting = {j.name: dict(status="waiting", title=j.experiment.title, claim="", parameters={}) for j in batch.jobs}
+    sources = {j.name: os.path.relpath(j.experiment.path.resolve(), out.resolve()) for j in batch.jobs}
+    items = [_item(out, n, entry, batch.result(n), sources.get(n)) for n, entry in (waiting | kept).items()]
     items.sort(key=lambda i: ({"table": 0, "figure": 1}.get(i["name"].split("_")[0], 2), i["name"]))
-    where = batch.__dict__.setdefault("facts", _facts())
-    atomic_json(out / "results" / "batch.json", dict(profile=batch.profile, jobs=kept, **where))
+    batch.facts = batch.facts or (before if before and not batch.outcomes else _facts())
+    where = batch.facts
+    atomic_json(out / "results" / "batch.json", where | dict(profile=batch.profile, jobs=kept))
     count = lambda badge: sum(i["badge"] == badge and i["status"] == "done" for i in items)
     facts = {"claims": f"{count('holds')} hold, {count('partly')} hold partly, {count('no')} do not", "commit": (where["commit"] or "none")[:10] + (" with changes" if where["dirty"] else ""), "device": where["device"], "torch": where["packages"]["torch"], "finished": where["started"][:10], "time": human_time(sum(j.get("seconds") or 0 for j in kept.values()))}
     return write_atomic(out / "index.html", INDEX.render(profile=batch.profile, description=getattr(batch, "description", ""), items=items, done=sum(i["status"] == "done" for i in items), facts=facts))
@@ -471,10 +473,10 @@ def _facts() -> dict:
     return provenance()
 
 
-def _item(out: Path, name: str, entry: dict, result: dict) -> dict:
+def _item(out: Path, name: str, entry: dict, result: dict, source: str | None) -> dict:
     ok = entry["status"] == "done"
     found = result.get("verdict", "done") if ok else entry["status"]
-    links = [(label, f"notebooks/{name}.{suffix}") for label, suffix in (("read the notebook", "html"), (".ipynb", "ipynb")) if (out / "notebooks" / f"{name}.{suffix}").exists()]
+    links = [(label, f"notebooks/{name}.{suffix}") for label, suffix in (("read the notebook", "html"), (".ipynb", "ipynb")) if (out / "notebooks" / f"{name}.{suffix}").exists()] or ([("the notebook", source)] if source else [])
     figures = [f for f in result.get("figures", []) if (out / f).exists()]
     links += [(f"{Path(f).stem}.{s}", str(Path(f).with_suffix(f".{s}"))) for f in figures for s in ("svg", "png") if (out / f).with_suffix(f".{s}").exists()]
     links += [(Path(t).name, t) for t in result.get("tables", []) if (out / t).exists()]
@@ -500,6 +502,7 @@ class Batch:
     def __init__(self, profile: str, jobs: Sequence[Job], out: str | Path, workers: int = 1, echo: Callable[[str], None] = print):
         self.profile, self.jobs, self.out, self.workers, self.echo = profile, list(jobs), Path(out), workers, echo
         self.outcomes: dict[str, Outcome] = {}
+        self.facts: dict = {} # about the machine and the code, for the page
         self.stop, self.began = threading.Event(), time.monotonic()
         for part in ("notebooks", "figures", "tables", "results", "logs", "cache/done"): (self.out / part).mkdir(parents=True, exist_ok=True)
         for part in ("cache", "logs"): (self.out / part / ".gitignore").write_text("*\n")
@@ -564,7 +567,10 @@ class Batch:
             while (ended := poll()) is None:
                 if self.stop.wait(0.2): status = "interrupted"
                 elif time.monotonic() - began > job.limit: status = "timed out"
-                if status: kill_tree(pid); break
+                if status:
+                    kill_tree(pid)
+                    while poll() is None: time.sleep(0.05)
+                    break
                 tail()
             tail()
         seconds = time.monotonic() - began
@@ -686,6 +692,7 @@ def main(more: list[str] = typer.Argument(None, help="Further names for --only."
          jobs: int = typer.Option(1, "--jobs", "-j", min=1, help="Notebooks to run at the same time; they share the processor's cores. Leave it at 1 with one GPU."),
          resume: bool = typer.Option(True, "--resume/--fresh", help="Skip what is done and go on with what is not; or compute everything again (with --only: those notebooks and their runs; generated pairs stay)."),
          listing: bool = typer.Option(False, "--list", "-l", help="Show the notebooks, their parameters in this profile, and what is done; run nothing."),
+         page: bool = typer.Option(False, "--page", help="Write the summary page again, of what is there (with the executed notebooks left out, say, as in a repository); run nothing."),
          planning: bool = typer.Option(False, "--plan", help="Add up what would be computed (runs, pairs, UNet evaluations, disk, hours), less what is there already; run nothing."),
          rate: float = typer.Option(None, "--rate", min=1e-9, help="With --plan: UNet evaluations a second. [default: measured here, if the generator is here]", show_default=False),
          training_rate: float = typer.Option(None, "--training-rate", min=1e-9, help="With --plan: training images a second. [default: measured here]", show_default=False),
@@ -710,6 +717,7 @@ def main(more: list[str] = typer.Argument(None, help="Further names for --only."
         batch = Batch(profile, picked, out, jobs, lambda line: print(line, flush=True))
         batch.description = content.get("description", "")
         if listing: show_list(batch); return
+        if page: print(f"Summary: {write_summary(batch)}"); return
         if not resume: batch.forget(everything=not only)
         waiting = len(experiments) - len(batch.jobs) if not only else 0
         print(f"profile {profile}: {len(batch.jobs)} notebooks, results in {out}" + (f"; {waiting} more run on request (--only NAME; see --list)" if waiting else ""), flush=True)
