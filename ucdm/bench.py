@@ -198,12 +198,12 @@ def main(rounds: int = typer.Option(4, help="how often plain and ours take turns
         pool = load_dataset("fashion-mnist", "train")
         seeds = pool[torch.arange(0, len(pool), len(pool) // n_seeds)[:n_seeds]].unlabelled()
         plain, ours, fast = load_prior(dtype=torch.float32), load_prior(), load_prior().compile()
-        size, fast_size = find_batch_size(ours), find_batch_size(ours, compiled=True)
+        size = find_batch_size(ours)
         few, config = seeds[torch.arange(max(1, n_seeds // 4))], PairConfig(steps=steps)
-        for prior, n in ((fast, fast_size), (ours, size)): generate_pairs(prior, seeds, ("T-shirt", "trouser"), PairConfig(steps=1), batch_size=n, progress=False) # compiles both batch shapes
+        for prior in (fast, ours): generate_pairs(prior, seeds, ("T-shirt", "trouser"), PairConfig(steps=1), batch_size=size, progress=False) # compiles both batch shapes
         time_plain(plain, few, config=PairConfig(steps=1))
         table = in_turn({"plain (float32, one call at a time)": lambda: time_plain(plain, few, config=config), f"ours ({str(ours.dtype)[6:]})": lambda: time_pairs(ours, seeds, config=config, batch_size=size),
-                         "ours, compiled": lambda: time_pairs(fast, seeds, config=config, batch_size=fast_size)}, rounds)
+                         "ours, compiled": lambda: time_pairs(fast, seeds, config=config, batch_size=size)}, rounds)
         print(f"\nPairs, {evaluations(1, config)} evaluations each ({card}):\n{table.round(3).to_string()}")
     if training:
         made = PairSet(*torch.randint(256, (2, 256, 2, 3, 32, 32), dtype=torch.uint8), ("T-shirt", "trouser"))

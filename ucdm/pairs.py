@@ -148,7 +148,7 @@ def source_image(n_seeds: int, n_classes: int, pairing: str = "aligned", batch: 
     return start + ((own % batch) * n_classes + torch.arange(n_classes)) % size
 
 # %% ../nbs/21_pairs.ipynb #1039ba27
-BATCH_LIMIT = {"cpu": 64, "cpu, compiled": 32, "cuda": 256} # pairs in a batch; larger ones are not faster. 64 on any other device
+BATCH_LIMIT = dict(cpu=32, cuda=256) # pairs in a batch; larger ones are not faster. 64 on any other device
 MEMORY_SHARE = 0.5 # of what is free, for a batch
 
 class PeakMemory(TorchDispatchMode):
@@ -191,14 +191,11 @@ def batch_memory(prior: Prior, n: int, config: PairConfig, kinds: Sequence[str] 
 
 def find_batch_size(prior: Prior, config: PairConfig = PairConfig(), kinds: Sequence[str] = KINDS,
                     memory: int | None = None, # bytes; None: MEMORY_SHARE of what is free on the prior's device
-                    compiled: bool = False, # whether the network is compiled, or will be
                    ) -> int: # a power of two
     "How many pairs of a prior fit into memory at a time, at most BATCH_LIMIT."
     if memory is None: memory = int(MEMORY_SHARE * free_memory(prior.device))
     one, two = (batch_memory(prior, n, config, kinds) for n in (1, 2))
-    device = torch.device(prior.device).type
-    limit = BATCH_LIMIT.get(f"{device}, compiled" if compiled else device, BATCH_LIMIT.get(device, 64))
-    fit = min(1 + max(0, memory - one) // (two - one), limit)
+    fit = min(1 + max(0, memory - one) // (two - one), BATCH_LIMIT.get(torch.device(prior.device).type, 64))
     return 1 << fit.bit_length() - 1
 
 # %% ../nbs/21_pairs.ipynb #4ace67b9
@@ -263,7 +260,7 @@ def fill_stores(stores: dict[str, PairStore], # kind -> store
                 progress: bool = True) -> None:
     "Algorithm 1 for whatever the stores lack. RuntimeError if another process is at it, MemoryError if a single pair does not fit into memory."
     together = team()
-    batch_size, shard_size = _sizes(prior, config, len(classes), batch_size, shard_size, _compiles(prior, config, len(ids) * len(classes), compile))
+    batch_size, shard_size = _sizes(prior, config, len(classes), batch_size, shard_size)
     with ExitStack() as stack:
         todo = []
         if first := together is None or together.is_main_process:
@@ -296,7 +293,7 @@ def generate_pairs(prior: Prior,
     if len(ids) != len(seeds): raise ValueError(f"{len(ids)} ids for {len(seeds)} seed images; give one for each.")
     if len(set(ids)) < len(ids): raise ValueError("two seed images have the same id; ids must differ.")
     if store is None:
-        batch_size, shard_size = _sizes(prior, config, len(classes), batch_size, shard_size, _compiles(prior, config, len(ids) * len(classes), compile))
+        batch_size, shard_size = _sizes(prior, config, len(classes), batch_size, shard_size)
         todo = [(list(rows), KINDS) for rows in torch.arange(len(seeds)).split(shard_size)]
         made = [made for _, made in _shards(prior, seeds, ids, classes, config, todo, batch_size, compile, progress)]
         return PairSet(*(torch.cat([m[kind] for m in made]) for kind in KINDS), tuple(classes))
@@ -305,15 +302,10 @@ def generate_pairs(prior: Prior,
     return PairSet(*(stores[kind].load(ids) for kind in KINDS), tuple(classes))
 
 
-def _compiles(prior, config, pairs, compile) -> bool:
-    "Whether the network is compiled for so many pairs."
-    return prior.fixed_shapes or bool(compile or (compile is None and evaluations(pairs, config) >= COMPILE_FROM))
-
-
-def _sizes(prior, config, K, batch_size, shard_size, compiled) -> tuple[int, int]:
+def _sizes(prior, config, K, batch_size, shard_size) -> tuple[int, int]:
     "Batch and shard size, the same in every process of a team: a pair's last bit depends on its batch."
     if batch_size is None:
-        batch_size = find_batch_size(prior, config, compiled=compiled)
+        batch_size = find_batch_size(prior, config)
         if team(): batch_size = min(gather_object([batch_size]))
     return batch_size, shard_size or max(32, batch_size // K)
 

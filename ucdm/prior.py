@@ -103,6 +103,7 @@ class Prior:
         for part in (pipe.vae, pipe.unet): part.to(memory_format=torch.channels_last)
         self.unet = pipe.unet
         self.image_size, self.latent_shape = side * pipe.vae_scale_factor, (channels, side, side)
+        if torch.device(device).type == "cpu" and side <= 16: pipe.unet.set_attn_processor(AttnProcessor()) # over so few places, attention written out is faster than the fused kernel
         if self.image_size >= 256: pipe.vae.enable_slicing() # one image at a time: a batch of large ones does not fit
         pipe.tokenizer.model_max_length = min(pipe.tokenizer.model_max_length, pipe.text_encoder.config.max_position_embeddings)
         self._embedded: dict[str, Tensor] = {}
@@ -168,7 +169,6 @@ class Prior:
     def compile(self) -> "Prior":
         "Compile the UNet for the batch shapes to come, once for each. Costs about a minute."
         if self.unet is not self.pipe.unet: return self
-        if torch.device(self.device).type == "cpu" and self.latent_shape[-1] <= 16: self.unet.set_attn_processor(AttnProcessor()) # over so few places, written out it takes half the time of the fused kernel
         self.unet = compiled(self.unet, dynamic=False) # code for any batch size is slower
         return self
 
