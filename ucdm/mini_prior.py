@@ -29,7 +29,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .data import ImageSet, embedded_indices, fashion_mnist_source, to_float
 from .files import write_atomic
-from .prior import compiled, default_device, load_prior, sample_images
+from .prior import choose_attention, compiled, default_device, load_prior, sample_images
 
 # %% ../nbs/23_mini_prior.ipynb #72fe858a
 @dataclass(frozen=True)
@@ -276,6 +276,7 @@ def train_unet(pipe: StableDiffusionPipeline, latents: tuple[Tensor, Tensor], # 
     n_images = len(labels)
     n_train = n_images - config.n_validation
     unet, text = pipe.unet.to(device, memory_format=torch.channels_last).train(), pipe.text_encoder.to(device).train()
+    choose_attention(unet, device)
     params = [*unet.parameters(), *text.parameters()]
     alpha_bar = pipe.scheduler.alphas_cumprod.to(device)
     weight = level_weights(alpha_bar, config)

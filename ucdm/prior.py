@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGED', 'MODELS', 'TAKEN_DOWN', 'team', 'default_device', 'default_dtype', 'is_out_of_memory', 'compiled',
-           'ddim_schedule', 'Prior', 'load_prior', 'sample_images']
+           'choose_attention', 'ddim_schedule', 'Prior', 'load_prior', 'sample_images']
 
 # %% ../nbs/20_prior.ipynb #f5069835
 import hashlib, json, os, re, shutil, sys, warnings
@@ -70,6 +70,11 @@ class compiled:
                 self.fast = None
         return self.module(*args, **kwargs)
 
+
+def choose_attention(unet: UNet2DConditionModel, device: str) -> None:
+    "Attention written out, where a CPU is faster so (at most 16 x 16 places); elsewhere diffusers' choice stays."
+    if torch.device(device).type == "cpu" and unet.config.sample_size <= 16: unet.set_attn_processor(AttnProcessor())
+
 # %% ../nbs/20_prior.ipynb #876ca2c9
 def ddim_schedule(scheduler, # of a diffusers pipeline
                  ) -> Schedule:
@@ -103,7 +108,7 @@ class Prior:
         for part in (pipe.vae, pipe.unet): part.to(memory_format=torch.channels_last)
         self.unet = pipe.unet
         self.image_size, self.latent_shape = side * pipe.vae_scale_factor, (channels, side, side)
-        if torch.device(device).type == "cpu" and side <= 16: pipe.unet.set_attn_processor(AttnProcessor()) # over so few places, attention written out is faster than the fused kernel
+        choose_attention(pipe.unet, device)
         if self.image_size >= 256: pipe.vae.enable_slicing() # one image at a time: a batch of large ones does not fit
         pipe.tokenizer.model_max_length = min(pipe.tokenizer.model_max_length, pipe.text_encoder.config.max_position_embeddings)
         self._embedded: dict[str, Tensor] = {}
