@@ -1,14 +1,19 @@
 """The batch from outside: the command line on folders of tiny notebooks, with failures, kills and wrong parameters."""
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import nbformat
 import pytest
 import yaml
+
+from ucdm.reproduce import can_fork, find_experiments, load_profile, plan
 
 COMMAND = [sys.executable, "-m", "ucdm.reproduce"]
 
@@ -65,7 +70,6 @@ def test_all_run_and_are_kept(project):
 
 def test_forked_kernels(project):
     "Notebooks that share imports are forked from one process where that is safe; each has a namespace and modules of its own, may start processes, and shows its figures."
-    from ucdm.reproduce import can_fork
     body = """import json, math, multiprocessing, matplotlib.pyplot as plt
 from concurrent.futures import ProcessPoolExecutor
 assert not hasattr(json, "touched"), "another notebook's change is seen here"
@@ -94,6 +98,7 @@ def test_import_that_fails(project, tmp_path, monkeypatch, missing):
     folder = project(table_01=notebook(body=f"import {missing}"), table_02=notebook(body=f"import {missing}"))
     status, said, _ = batch(folder)
     assert status == 1 and said.count("failed: ModuleNotFoundError: No module named" if missing != "broken" else "failed: RuntimeError: broken on purpose") == 2
+    assert ("their common start failed" in said) == (missing == "broken" and can_fork())
 
 
 def test_one_fails(project):
@@ -259,27 +264,30 @@ def test_plan_of_the_paper(tmp_path):
 
 
 def test_committed_results():
-    "The README says of each item what the committed results of profile quick found, and the page of results links to what is there."
-    import re
-    from pathlib import Path
+    "What is committed (or staged) fits together: the README says of each item what the results of profile quick found, they were made with the profile's parameters, and the page of results links only to files of the repository."
     root = Path(__file__).parent.parent
-    results = root / "outputs" / "quick"
-    rows = [line.split("|") for line in (root / "README.md").read_text().splitlines() if re.match(r"\| (Tables?|Figures?|ours) ?", line)]
+    git = lambda *args: subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True).stdout
+    try: files = set(git("ls-files").splitlines())
+    except (OSError, subprocess.SubprocessError): pytest.skip("not a git checkout")
+    read = lambda name: git("show", f":{name}")
+    batch = json.loads(read("outputs/quick/results/batch.json"))["jobs"]
+    rows = [line.split("|") for line in read("README.md").splitlines() if re.match(r"\| (Tables?|Figures?|ours) ?", line)]
     assert len(rows) > 30
     for _, item, notebook, _, expected, found, *_ in rows:
         names = re.findall(r"experiments/(\w+)\.ipynb", notebook + expected)
-        files = [results / "results" / f"{n}.json" for n in names]
-        verdicts = [json.loads(f.read_text())["verdict"] if f.exists() else "not run" for f in files]
+        results = [f"outputs/quick/results/{n}.json" for n in names]
+        verdicts = [json.loads(read(f))["verdict"] if f in files else "not run" for f in results]
         assert found.strip() == (verdicts[0] if len(set(verdicts)) == 1 else ", ".join(verdicts)), item
-    links = set(re.findall(r'href="([^"#]+)"', (results / "index.html").read_text()))
-    lacking = [link for link in links if not link.startswith("http") and not (results / link).exists()]
-    assert len(links) > 100 and not lacking, lacking[:5]
+    for job in plan(find_experiments(root / "nbs" / "experiments"), load_profile("quick", root / "nbs" / "experiments" / "profiles"), "../../outputs/quick"):
+        assert (f"{job.name}.ipynb) *" in read("README.md")) == job.on_request, job.name
+        wanted = {} if job.on_request else json.loads(json.dumps(job.parameters))
+        assert not (other := {k: v for k, v in wanted.items() if batch[job.name]["parameters"].get(k) != v}), f"{job.name} was run with other parameters than the profile's {other}"
+    links = {os.path.normpath(f"outputs/quick/{link}") for link in re.findall(r'href="([^"#]+)"', read("outputs/quick/index.html")) if not link.startswith("http")}
+    assert len(links) > 100 and not links - files, sorted(links - files)[:5]
 
 
 def test_page_alone(project):
     "The page of a folder without its executed notebooks: the same claims and facts, links to the sources, nothing run."
-    import re
-    import shutil
     folder = project(table_01=notebook(), table_02=notebook(body="1 / 0"))
     assert batch(folder)[0] == 1
     facts = json.loads((folder / "out" / "results" / "batch.json").read_text())

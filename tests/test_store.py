@@ -1,4 +1,5 @@
 """Stores of pairs from outside: two processes, commands, and training from images that stay on disk."""
+import json
 import os
 import subprocess
 import sys
@@ -61,20 +62,17 @@ def test_commands(tmp_path):
     assert command("verify", tmp_path / "nothing")[0] == 2
 
 
-def test_training_from_disk(tmp_path, monkeypatch):
+def test_training_from_disk(tmp_path, monkeypatch, one_thread):
     "Pairs that are too large for memory are read batch by batch, and give the same classifier; a damaged shard among them is made again."
     spec = RunSpec(n_seeds=12, n_test=10, mismatch=0.5, pairs=dict(steps=2), train=dict(rounds=2, epochs_per_round=2, batch_size=4, depth=10, width=1, precision="float32"))
-    torch.set_num_threads(1)
-    try:
-        in_memory = run(spec, tmp_path, progress=False)
-        monkeypatch.setattr(runs, "LOAD_UP_TO", 0)
-        shard = next((tmp_path / "pairs").rglob("*.safetensors"))
-        shard.write_bytes(b"damaged")
-        with pytest.warns(UserWarning, match="truncated or altered"): pairs = pair_set(spec, tmp_path)
-        assert isinstance(pairs.positives, MappedImages) and isinstance(pairs.negatives, MappedImages)
-        from_disk = run(spec, tmp_path, fresh=True, progress=False)
-        assert from_disk.protocols == in_memory.protocols and from_disk.epochs == in_memory.epochs
-    finally: torch.set_num_threads(os.cpu_count())
+    in_memory = run(spec, tmp_path, progress=False)
+    monkeypatch.setattr(runs, "LOAD_UP_TO", 0)
+    shard = next((tmp_path / "pairs").rglob("*.safetensors"))
+    shard.write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match="truncated or altered"): pairs = pair_set(spec, tmp_path)
+    assert isinstance(pairs.positives, MappedImages) and isinstance(pairs.negatives, MappedImages)
+    from_disk = run(spec, tmp_path, fresh=True, progress=False)
+    assert from_disk.protocols == in_memory.protocols and from_disk.epochs == in_memory.epochs
 
 
 def test_opened_at_the_same_time(tmp_path):
@@ -84,3 +82,14 @@ def test_opened_at_the_same_time(tmp_path):
     said = [p.communicate()[1] for p in processes]
     assert not any(p.returncode for p in processes), said
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["spec.json"] * 200
+
+
+def test_begun_with_different_specifications(tmp_path):
+    "Of two processes that begin a store at once for different pairs, one goes on and the other is told."
+    code = "import sys, time, json; from ucdm.store import PairStore\nfor i in range(100):\n    while time.time() % 0.05 > 0.01: pass\n    try: PairStore(f'{sys.argv[1]}/{i}', dict(kind=sys.argv[2])); print(i)\n    except ValueError as e: assert 'another specification' in str(e), e"
+    processes = {kind: subprocess.Popen([sys.executable, "-c", code, str(tmp_path), kind], stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}) for kind in ("positive", "negative")}
+    for kind, p in processes.items():
+        won = p.communicate()[0].split()
+        assert p.returncode == 0
+        assert [i for i in won if json.loads((tmp_path / i / "spec.json").read_text()) != dict(kind=kind)] == []
+    assert len(list(tmp_path.iterdir())) == 100

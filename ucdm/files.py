@@ -12,24 +12,33 @@ from pathlib import Path
 # %% ../nbs/13_files.ipynb #8bf156d3
 def write_atomic(path: str | Path, # final name; its folder is made if need be
                  content: bytes | str, # str is written as UTF-8
-                 rivals: bool = False, # whether other processes may write the same file at the same time: the last one wins
+                 once: bool = False, # if the file is there already, or another process is quicker, leave that one as it is
                 ) -> Path: # the same path
     "Write a file, all or nothing. OSError says what could not be written and what to do; the file that was there before is then unchanged."
     path, content = Path(path), content.encode() if isinstance(content, str) else content
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8] + '.' if rivals else ''}partial")
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8] + '.' if once else ''}partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as f:
             f.write(content)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(partial, path)
+        (_first if once else os.replace)(partial, path)
     except OSError as e:
         try: partial.unlink(missing_ok=True)
         except OSError: pass
         was = "; the file that was there before is unchanged" if path.is_file() else ""
         raise OSError(e.errno, f"could not write {path} ({len(content) / 1e6:.1f} MB{_free(path)}): {e.strerror or e}{was}. Make room or choose another folder, and start again: everything written so far is kept.") from e
     return path
+
+
+def _first(partial: Path, path: Path) -> None:
+    "Give a file its name, unless there is one of that name."
+    try: os.link(partial, path)
+    except FileExistsError: pass
+    except OSError: # a file system without links
+        if not path.exists(): os.replace(partial, path)
+    partial.unlink(missing_ok=True)
 
 
 def _free(path: Path) -> str:

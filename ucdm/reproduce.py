@@ -14,6 +14,7 @@ import ast, base64, fcntl, functools, hashlib, importlib, io, json, math, multip
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from multiprocessing import forkserver, reduction
@@ -214,14 +215,16 @@ def execute(source: str, # notebook
     from jupyter_client.manager import KernelManager
     target = Path(target)
     with tempfile.TemporaryDirectory(prefix="ucdm-") as private: # sockets, IPython's history
-        forked = ForkedKernel(f"{private}/told") if fork else None # now, before there are threads
-        command = forked.command if forked else [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        if parent or fork: threading.Thread(target=_die_with, args=(multiprocessing.parent_process().is_alive if fork else lambda: os.getppid() == int(parent),), daemon=True).start()
+        forked, command = None, [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         class OwnKernel(KernelManager):
             def __init__(self, **kwargs): super().__init__(**{**kwargs, "transport": "ipc", "ip": f"{private}/kernel"})
             kernel_spec = property(lambda self: KernelSpec(argv=command, display_name="Python 3", language="python"))
         os.environ |= dict(JUPYTER_RUNTIME_DIR=private, IPYTHONDIR=private)
         try:
+            if fork: # now, before there are threads
+                forked = ForkedKernel(f"{private}/told")
+                command = forked.command
+            if parent or fork: threading.Thread(target=_die_with, args=(multiprocessing.parent_process().is_alive if fork else lambda: os.getppid() == int(parent),), daemon=True).start()
             papermill.execute_notebook(source, str(target), json.loads(parameters), kernel_name="python3", language="python", progress_bar=False, log_output=True, cwd=str(Path(source).parent),
                                        kernel_manager_class=OwnKernel)
             status = 0
@@ -288,7 +291,9 @@ class ForkedKernel:
 
     @staticmethod
     def _live(listener):
+        listener.settimeout(120)
         told, _ = listener.accept() # open as long as the kernel lives
+        told.settimeout(None)
         listener.close()
         file, folder, env = json.loads(b"".join(iter(lambda: told.recv(1 << 16), b"")))
         os.setsid()
@@ -319,8 +324,9 @@ class Starter:
     def __init__(self, lock: int, # file descriptor that every process inherits
                  experiments: Sequence[Experiment], # what is to be executed
                  env: Mapping[str, str] = {}, # environment variables that imports may read
+                 echo: Callable[[str], None] = print, # told if a warm start fails
                 ):
-        self.lock, self.turn = lock, threading.Lock()
+        self.lock, self.turn, self.echo = lock, threading.Lock(), echo
         modules = shared_imports(experiments)
         self.warm = can_fork() and bool(modules)
         if not self.warm: return
@@ -334,15 +340,17 @@ class Starter:
                  args: Sequence[str], # of `execute`: source, target, parameters, failure
                 ) -> tuple[int, Callable[[], int | None]]: # process id, and what gives its exit status once it has ended
         "Start a process."
+        Path(log).touch()
         if self.warm:
             try: return self._fork(log, env, args)
-            except (OSError, EOFError): self.warm = False # the fork server could not import something: then each notebook says for itself what it lacks
+            except (OSError, EOFError) as e: # the fork server has ended, for something that it imported: then each notebook says for itself what it lacks
+                self.warm = False
+                self.echo(f"notebooks start from nothing, which takes longer: their common start failed ({type(e).__name__}{f': {e}' if str(e) else ''})")
         with open(log, "w") as sink:
             process = subprocess.Popen([sys.executable, "-c", "import sys; from ucdm.reproduce import execute; sys.exit(execute(*sys.argv[1:]))", *args, str(os.getpid())], stdout=sink, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env, start_new_session=True, pass_fds=[self.lock])
         return process.pid, process.poll
 
     def _fork(self, log, env, args):
-        Path(log).touch()
         module = importlib.import_module("ucdm.reproduce") # the new process finds what it should do by this name, wherever this code was started
         process = self.context.Process(target=module._forked, args=(module._Descriptor(self.lock), str(log), dict(env), args))
         with self.turn: process.start()
@@ -367,7 +375,6 @@ def _forked(lock, log, env, args): # in the new process
         os.dup2(sink, stream.fileno())
         stream.reconfigure(line_buffering=True)
     os.environ.clear(); os.environ.update(env)
-    if "torch" in sys.modules and (threads := env.get("OMP_NUM_THREADS")): sys.modules["torch"].set_num_threads(int(threads))
     sys.exit(execute(*args, fork=True))
 
 # %% ../nbs/82_reproduce.ipynb #35a81a08
@@ -461,8 +468,8 @@ def write_summary(batch: "Batch") -> Path:
     where = batch.facts
     atomic_json(out / "results" / "batch.json", where | dict(profile=batch.profile, jobs=kept))
     count = lambda badge: sum(i["badge"] == badge and i["status"] == "done" for i in items)
-    facts = {"claims": f"{count('holds')} hold, {count('partly')} hold partly, {count('no')} do not", "commit": (where["commit"] or "none")[:10] + (" with changes" if where["dirty"] else ""), "device": where["device"], "torch": where["packages"]["torch"], "finished": where["started"][:10], "time": human_time(sum(j.get("seconds") or 0 for j in kept.values()))}
-    return write_atomic(out / "index.html", INDEX.render(profile=batch.profile, description=getattr(batch, "description", ""), items=items, done=sum(i["status"] == "done" for i in items), facts=facts))
+    facts = {"claims": f"{count('holds')} hold, {count('partly')} hold partly, {count('no')} do not", "commit": (where["commit"] or "none")[:10] + (" with changes" if where["dirty"] else "" if where["dirty"] is False or not where["commit"] else ", changes not known"), "device": where["device"], "torch": where["packages"]["torch"], "finished": where["started"][:10], "time": human_time(sum(j.get("seconds") or 0 for j in kept.values()))}
+    return write_atomic(out / "index.html", INDEX.render(profile=batch.profile, description=batch.description, items=items, done=sum(i["status"] == "done" for i in items), facts=facts))
 
 
 def _newer(made: Path, source: Path) -> bool: return made.exists() and made.stat().st_mtime_ns > source.stat().st_mtime_ns
@@ -498,9 +505,11 @@ class Outcome:
 
 
 class Batch:
-    "Jobs of one profile and the folder they write to."
-    def __init__(self, profile: str, jobs: Sequence[Job], out: str | Path, workers: int = 1, echo: Callable[[str], None] = print):
-        self.profile, self.jobs, self.out, self.workers, self.echo = profile, list(jobs), Path(out), workers, echo
+    "Jobs of one profile and the folder they write to. A script that calls `run` must do so under `if __name__ == '__main__':`, since notebooks may start as processes of multiprocessing."
+    def __init__(self, profile: str, jobs: Sequence[Job], out: str | Path, workers: int = 1, echo: Callable[[str], None] = print,
+                 description: str = "", # of the profile, for the page
+                ):
+        self.profile, self.jobs, self.out, self.workers, self.echo, self.description = profile, list(jobs), Path(out), workers, echo, description
         self.outcomes: dict[str, Outcome] = {}
         self.facts: dict = {} # about the machine and the code, for the page
         self.stop, self.began = threading.Event(), time.monotonic()
@@ -601,9 +610,8 @@ class Batch:
 
     def run(self) -> int: # exit status: 0, 1 if a notebook failed, 130 if interrupted
         "All jobs; then the summary page and the closing lines."
-        with open(self.out / "cache" / ".batch.lock", "a+") as lock:
-            self._take(lock)
-            self.starter = Starter(lock.fileno(), [j.experiment for j in self.jobs if not self.is_done(j)], self.threads)
+        with self.locked() as lock:
+            self.starter = Starter(lock.fileno(), [j.experiment for j in self.jobs if not self.is_done(j)], self.threads, self.echo)
             pool = ThreadPoolExecutor(self.workers)
             old = signal.signal(signal.SIGTERM, _interrupt) if threading.current_thread() is threading.main_thread() else None
             write = threading.Lock()
@@ -624,15 +632,19 @@ class Batch:
             self.write_page()
         return self._close()
 
-    def _take(self, lock) -> None:
+    @contextmanager
+    def locked(self):
+        "Hold the folder against other batches. RuntimeError if one has it."
         deadline = time.monotonic() + 10
-        while True:
-            try: return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                if time.monotonic() > deadline: raise RuntimeError(f"another batch is writing to {self.out}. Wait for it, stop it, or choose another folder with --out.") from None
-                time.sleep(0.3)
+        with open(self.out / "cache" / ".batch.lock", "a+") as lock:
+            while True:
+                try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB); break
+                except OSError:
+                    if time.monotonic() > deadline: raise RuntimeError(f"another batch is writing to {self.out}. Wait for it, stop it, or choose another folder with --out.") from None
+                    time.sleep(0.3)
+            yield lock
 
-    def write_page(self) -> None: write_summary(self)
+    def write_page(self) -> Path: return write_summary(self)
 
     def _close(self) -> int:
         count = lambda *names: sum(o.status in names for o in self.outcomes.values())
@@ -661,7 +673,7 @@ _HELP = """Run the experiment notebooks and collect tables, figures and one summ
 Each notebook of `nbs/experiments/` is a table or a figure of the paper. A *profile* decides how large the experiments are:
 
 - `smoke`: every notebook with tiny budgets, to see that it runs (minutes)
-- `quick`: small grids on the embedded data, the numbers mean something (under half an hour on 2 cores)
+- `quick`: small grids on the embedded data, the numbers mean something (about half an hour on 2 cores, with `--jobs 2`)
 - `standard`: CIFAR-10, three seeds (hours on a GPU)
 - `paper`: Stable Diffusion 2 and the paper's settings (days)
 
@@ -713,11 +725,12 @@ def main(more: list[str] = typer.Argument(None, help="Further names for --only."
         picked = [j for j in everything if j.name in picked and (only or listing or not j.on_request)]
         if planning: show_plan(profile, picked, out / "cache", rate, training_rate); return
         if engine not in ENGINES: raise ValueError(nearest(engine, ENGINES, "engine"))
-        if not listing: use_engine(engine, out / "cache", address, task_cpus, task_gpus)
-        batch = Batch(profile, picked, out, jobs, lambda line: print(line, flush=True))
-        batch.description = content.get("description", "")
+        batch = Batch(profile, picked, out, jobs, lambda line: print(line, flush=True), content.get("description", ""))
         if listing: show_list(batch); return
-        if page: print(f"Summary: {write_summary(batch)}"); return
+        if page:
+            with batch.locked(): print(f"Summary: {batch.write_page()}")
+            return
+        use_engine(engine, out / "cache", address, task_cpus, task_gpus)
         if not resume: batch.forget(everything=not only)
         waiting = len(experiments) - len(batch.jobs) if not only else 0
         print(f"profile {profile}: {len(batch.jobs)} notebooks, results in {out}" + (f"; {waiting} more run on request (--only NAME; see --list)" if waiting else ""), flush=True)

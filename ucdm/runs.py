@@ -502,13 +502,13 @@ def device_name(torch) -> str:
 
 
 def git_state() -> dict:
-    "Commit of the package's checkout and whether tracked files but the results in `outputs` have uncommitted changes; None where there is no checkout."
+    "Commit of the package's checkout and whether tracked files but the results in `outputs` have uncommitted changes; None where that cannot be said."
     here = Path(__file__).parent if "__file__" in globals() else Path(".")
     def git(*args):
         try: return subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
         except (OSError, subprocess.SubprocessError): return None
-    commit = git("rev-parse", "HEAD")
-    return dict(commit=commit, dirty=bool(git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)outputs")) if commit else None)
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)outputs")
+    return dict(commit=git("rev-parse", "HEAD"), dirty=None if changes is None else bool(changes))
 
 # %% ../nbs/80_runs.ipynb #2c9601e4
 @dataclass

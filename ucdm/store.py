@@ -146,7 +146,7 @@ class PairStore:
         found = json.loads(spec_file.read_text()) if spec_file.exists() else None
         if spec is None and found is None: raise ValueError(f"{self.folder} is not a pair store: it has no spec.json.")
         self.spec = found if spec is None else json.loads(json.dumps(spec))
-        if found is None: found = json.loads(write_atomic(spec_file, json.dumps(self.spec, indent=1), rivals=True).read_text())
+        if found is None: found = json.loads(write_atomic(spec_file, json.dumps(self.spec, indent=1), once=True).read_text())
         if found != self.spec:
             differ = sorted(k for k in {*found, *self.spec} if found.get(k) != self.spec.get(k))
             raise ValueError(f"{self.folder} holds pairs of another specification (they differ in {', '.join(differ)}). Choose another folder, or delete this one.")
