@@ -389,7 +389,7 @@ def save_prior(pipe: StableDiffusionPipeline, folder: Path, config: MiniPriorCon
               ) -> Path: # folder
     "The pipeline in half precision, with a record of its training."
     pipe.to(torch.float16).save_pretrained(folder, max_shard_size="15MB")
-    record = dict(config=asdict(config), dataset=images.name, n_images=len(images), classes=list(images.classes), images_sha256=images.fingerprint,
+    record = dict(config=asdict(config), dataset=images.name, n_images=len(images), classes=list(images.classes), images_of_class=list(images.counts().values()), images_sha256=images.fingerprint,
                   parameters={n: sum(p.numel() for p in getattr(pipe, n).parameters()) for n in ("vae", "text_encoder", "unet")},
                   vae_curve=vae_curve, unet_curve=unet_curve, steps=steps, seconds=round(spent[0]), cpu_seconds=round(spent[1]), device={'cpu': f'{os.cpu_count()} CPU cores'}.get(default_device(), default_device()),
                   versions={m: version(m) for m in ("torch", "diffusers", "transformers")})
@@ -423,6 +423,12 @@ def _measures(numbers: dict) -> str:
     return "| measure | value |\n|---|---|\n" + "\n".join(f"| {k} | {v:.3g} |" for k, v in numbers.items())
 
 
+def _shares(record: dict) -> str:
+    counts = [n for n in record.get("images_of_class", [1] * len(record["classes"])) if n]
+    rare, common = (f"1/{sum(counts) / n:.0f}" for n in (min(counts), max(counts)))
+    return f"A class is {rare if rare == common else f'{rare} to {common}'} of this world: with about that probability, an erased class comes back."
+
+
 def write_card(folder: Path, # pipeline folder with training.json
                quality: dict | None = None, # results/pair_quality.json of a batch
                evaluation: dict | None = None, # what else was measured: name -> number
@@ -444,8 +450,7 @@ def write_card(folder: Path, # pipeline folder with training.json
     text = f"""# Mini prior: {record['dataset']}
 
 A small text-to-image diffusion pipeline (`diffusers.StableDiffusionPipeline`, half precision), trained by `{about.command}`.
-It stands in for Stable Diffusion where UCDM is to run in minutes. It knows {len(record['classes'])} classes in equal shares and nothing else of the world,
-so an erased class comes back with a probability of about 1/{len(record['classes'])}.
+It stands in for Stable Diffusion where UCDM is to run in minutes. It knows {len(record['classes'])} classes and nothing else of the world. {_shares(record)}
 
 | | |
 |---|---|
