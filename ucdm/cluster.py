@@ -8,9 +8,9 @@ __all__ = ['RETRIES', 'PATIENCE', 'Needs', 'task_needs', 'load_ray', 'connect', 
            'remote_prior', 'fill_stores', 'compute_run', 'compute_runs']
 
 # %% ../nbs/86_cluster.ipynb #e48e1274
-import importlib, os, platform, re, socket, time, uuid, warnings
+import functools, importlib, os, platform, re, socket, time, uuid, warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,10 +115,13 @@ def set_up(env: dict[str, str], modules: Sequence[str]) -> None:
     for m in modules: importlib.import_module(m)
 
 
-def with_warnings(function, *args) -> tuple[object, list[str]]: # what it returns, what it warned of
-    "Call a function on a worker, whose own output nobody sees."
-    with warnings.catch_warnings(record=True) as said: result = function(*args)
-    return result, [f"{platform.node()}: {w.message}" for w in said]
+def with_warnings(function: Callable) -> Callable: # returns what it returns, and what it warned of
+    "A function for a worker, whose own output nobody sees."
+    @functools.wraps(function) # each function stays a task of its own to Ray
+    def call(*args):
+        with warnings.catch_warnings(record=True) as said: result = function(*args)
+        return result, [f"{platform.node()}: {w.message}" for w in said]
+    return call
 
 
 def run_tasks(function, # what a worker does
@@ -127,7 +130,7 @@ def run_tasks(function, # what a worker does
     "Do all tasks on the cluster, and repeat their warnings here. RuntimeError if no machine is left that could."
     ray = connect()
     needs = task_needs(ray)
-    task = ray.remote(with_warnings).options(num_cpus=needs.cpus, num_gpus=needs.gpus, max_retries=RETRIES, scheduling_strategy="SPREAD")
+    task = ray.remote(with_warnings(function)).options(num_cpus=needs.cpus, num_gpus=needs.gpus, max_retries=RETRIES, scheduling_strategy="SPREAD")
     def slots():
         fit = [n["Resources"] for n in nodes(ray) if needs.met_by(n["Resources"])]
         return sum(int(min(r["CPU"] / needs.cpus, r.get("GPU", 0) / needs.gpus if needs.gpus else float("inf"))) for r in fit)
@@ -136,7 +139,7 @@ def run_tasks(function, # what a worker does
         while not ended and len(running) < 2 * max(1, width):
             job = next(jobs, None)
             if job is None: ended = True
-            else: running[task.remote(function, *job[1])] = job[0]
+            else: running[task.remote(*job[1])] = job[0]
         ready, _ = ray.wait(list(running), timeout=5) if running else ([], None)
         for ref in ready:
             name = running.pop(ref)
