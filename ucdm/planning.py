@@ -21,11 +21,13 @@ import torch
 
 from . import data, runs
 from .data import CLASSES, ImageSet
-from .pairs import KINDS, evaluations
+from .pairs import KINDS, Portions, evaluations, find_batch_size
+from .prior import is_out_of_memory, load_prior
 from .reproduce import Job
 from .runs import RunSpec, get_method, human_time, method_config, pair_config, pool_folder, prior_identity, run_split, spec_hash
 from .splits import IMAGES_PER_CLASS
 from .store import PairSet, PairStore
+from .training import TrainConfig, epoch_iterations, training_rate as measured_training_rate
 
 # %% ../nbs/87_planning.ipynb #8f7f8d93
 class Sizes(ImageSet):
@@ -131,10 +133,10 @@ class Pool:
 
 
 def image_passes(spec: RunSpec, n_seeds: int, n_known: int) -> int:
-    "Images that pass through the network while a run trains, about."
+    "Images that pass through the network while a run trains, about: for UCDM, if no seed were ever labelled."
     c = method_config(spec)
     if c is None or hasattr(c, "draws"): return 0
-    if hasattr(c, "epochs_per_round"): return 2 * n_known * n_seeds * c.rounds * c.epochs_per_round
+    if hasattr(c, "epochs_per_round"): return 2 * n_known * min(n_seeds, c.batch_size) * epoch_iterations([n_seeds], c.batch_size) * c.rounds * c.epochs_per_round
     return c.image_passes or c.iterations * c.batch_size * (1 if spec.method.startswith("supervised") else 1 + 2 * c.ratio)
 
 
@@ -207,21 +209,23 @@ def is_here(prior: str) -> bool:
     "Whether a generator can be loaded without a download."
     if not prior_identity(prior).startswith("hub:"): return True
     from huggingface_hub import try_to_load_from_cache
-    try: return isinstance(try_to_load_from_cache(prior, "model_index.json"), str)
+    name, _, revision = prior.partition("@")
+    try: return isinstance(try_to_load_from_cache(name, "model_index.json", revision=revision or None), str)
     except ValueError: return False
 
 
-def evaluation_rate(prior: str, seconds: float = 3.0, batch_size: int = 192) -> float:
-    "Network evaluations a second of a generator on this machine, as it is when pairs are made."
-    from ucdm.prior import load_prior
+def evaluation_rate(prior: str, seconds: float = 3.0) -> float:
+    "Network evaluations a second of a generator on this machine, not compiled, in calls as when a batch of pairs comes down. MemoryError if it does not fit into memory."
     p = load_prior(prior)
+    pairs = Portions(find_batch_size(p), "pairs")
+    def predict(items):
+        n = 3 * len(items)
+        return p.predict(torch.randn(n, *p.latent_shape, device=p.device), 500, p.embed([""]).expand(n, -1, -1)).sum().item()
     with torch.inference_mode():
-        x, words = torch.randn(batch_size, *p.latent_shape, device=p.device), p.embed([""]).expand(batch_size, -1, -1)
-        predict = lambda: p.predict(x, 500, words).sum().item()
-        predict()
+        for _ in pairs(predict, range(pairs.size)): pass
         n, began = 0, time.perf_counter()
-        while time.perf_counter() - began < seconds: predict(); n += 1
-        return n * batch_size / (time.perf_counter() - began)
+        while time.perf_counter() - began < seconds: n += 3 * sum(done for _, done in pairs(predict, range(pairs.size)))
+        return n / (time.perf_counter() - began)
 
 
 def describe_plan(plan: Plan,
@@ -243,15 +247,21 @@ def describe_plan(plan: Plan,
               f"disk               {plan.bytes / 1e9:,.1f} GB of pairs, {plan.rows.new.sum() * 3e4 / 1e9:,.2f} GB of results"]
     if plan.evaluations:
         priors = sorted({p.spec.prior for p in plan.pools if p.missing} | {s.prior for s in plan.runs.values() if get_method(s.method).uses_prior})
-        source = "given"
-        if rate is None and len(priors) == 1 and is_here(priors[0]): rate, source = evaluation_rate(priors[0]), f"measured here with {priors[0]}"
+        source, unknown = "given", ""
+        if rate is None:
+            if len(priors) > 1: unknown = f"there are several generators ({', '.join(priors)})"
+            elif not is_here(priors[0]): unknown = f"{priors[0]} is not on this machine"
+            else:
+                try: rate, source = evaluation_rate(priors[0]), f"measured here with {priors[0]}, not compiled"
+                except Exception as e:
+                    if not is_out_of_memory(e): raise
+                    unknown = f"{priors[0]} does not fit into the memory of this machine"
         if rate: lines.append(f"generation         {human_time(plan.evaluations / rate)} on one device at {rate:,.0f} evaluations a second ({source})")
-        else: lines.append(f"generation         hours unknown: " + (f"{priors[0]} is not on this machine" if len(priors) == 1 else f"there are several generators ({', '.join(priors)})") + "; give UNet evaluations a second with --rate")
+        else: lines.append(f"generation         hours unknown: {unknown}; give UNet evaluations a second with --rate")
     if plan.passes:
         source = "given"
         if training_rate is None:
-            from ucdm.training import TrainConfig, training_rate as measured
-            training_rate, source = measured(TrainConfig(), iterations=3)["train_images_per_s"], "measured here with a WideResNet-28-2"
+            training_rate, source = measured_training_rate(TrainConfig(), iterations=3)["train_images_per_s"], "measured here with a WideResNet-28-2"
         lines.append(f"training           {human_time(plan.passes / training_rate)} on one device for about {plan.passes:.2g} images at {training_rate:,.0f} a second ({source})")
     if plan.blank: lines.append(f"\nCounted by official numbers of images, without reading any: {', '.join(plan.blank)}.")
     if beyond := [r for r in plan.rehearsals if r.more]:
