@@ -61,6 +61,7 @@ def test_all_run_and_are_kept(project):
     assert (folder / "out" / "index.html").exists() and (folder / "out" / "notebooks" / "table_01.ipynb").exists()
     status, said, _ = batch(folder)
     assert status == 0 and said.count("already done") == 2
+    assert "sittings" not in (folder / "out" / "index.html").read_text()
     project(dict(notebooks=dict(table_01=dict(parameters=dict(size=4)))))
     status, said, _ = batch(folder)
     assert status == 0 and said.count("already done") == 1 and "table_01  done" in said
@@ -195,6 +196,10 @@ def test_stopped_and_resumed(project, tmp_path, how):
     (folder / "go").touch()
     status, said, _ = batch(folder)
     assert status == 0 and "a  already done" in said and "b  done" in said
+    held = json.loads((folder / "out" / "results" / "batch.json").read_text())
+    assert [s["notebooks"] for s in held["sittings"]] == [1, 1] and held["sittings"][1]["seconds"] >= held["jobs"]["b"]["seconds"]
+    assert held["jobs"]["b"]["sittings"] == [s["started"] for s in held["sittings"]][how == signal.SIGKILL:]  # who is killed writes nothing down
+    assert "in 2 sittings" in (folder / "out" / "index.html").read_text()
 
 
 def test_time_limit(project, tmp_path):
@@ -252,6 +257,8 @@ def test_results_are_json(project):
     held = json.loads((folder / "out" / "results" / "batch.json").read_text())
     assert held["jobs"]["table_01"]["status"] == "done"
     assert {"python", "packages", "device", "commit", "started"} <= held.keys()
+    sitting, = held["sittings"]
+    assert sitting["seconds"] >= held["jobs"]["table_01"]["seconds"] > 0 and (sitting["notebooks"], sitting["at_once"], sitting["commit"]) == (1, 1, held["commit"])
 
 
 def test_plan_of_the_paper(tmp_path):
@@ -273,12 +280,14 @@ def test_committed_results():
     batch = json.loads(read("outputs/quick/results/batch.json"))["jobs"]
     rows = [line.split("|") for line in read("README.md").splitlines() if re.match(r"\| (Tables?|Figures?|ours) ?", line)]
     assert len(rows) > 30
-    for _, item, notebook, _, expected, found, *_ in rows:
+    experiments = find_experiments(root / "nbs" / "experiments")
+    for _, item, notebook, parameters, expected, found, *_ in rows:
         names = re.findall(r"experiments/(\w+)\.ipynb", notebook + expected)
         results = [f"outputs/quick/results/{n}.json" for n in names]
         verdicts = [json.loads(read(f))["verdict"] if f in files else "not run" for f in results]
         assert found.strip() == (verdicts[0] if len(set(verdicts)) == 1 else ", ".join(verdicts)), item
-    for job in plan(find_experiments(root / "nbs" / "experiments"), load_profile("quick", root / "nbs" / "experiments" / "profiles"), "../../outputs/quick"):
+        assert not (unknown := set(re.findall(r"`(\w+)`", parameters)) - experiments[names[0]].parameters.keys()), f"README names parameters of {names[0]} that it does not have: {unknown}"
+    for job in plan(experiments, load_profile("quick", root / "nbs" / "experiments" / "profiles"), "../../outputs/quick"):
         assert (f"{job.name}.ipynb) *" in read("README.md")) == job.on_request, job.name
         wanted = {} if job.on_request else json.loads(json.dumps(job.parameters))
         assert not (other := {k: v for k, v in wanted.items() if batch[job.name]["parameters"].get(k) != v}), f"{job.name} was run with other parameters than the profile's {other}"

@@ -450,10 +450,10 @@ def write_summary(batch: "Batch") -> Path:
     out, before = batch.out, {}
     try: before = json.loads((out / "results" / "batch.json").read_text())
     except (OSError, ValueError): pass
-    kept = before.pop("jobs", {})
+    kept, sittings = before.pop("jobs", {}), before.pop("sittings", [])
     for job in batch.jobs:
         if (o := batch.outcomes.get(job.name)) is None: continue
-        entry = dict(status="done" if o.status == "kept" else o.status, seconds=round(o.seconds, 1) if o.status != "kept" else kept.get(job.name, {}).get("seconds"), error=o.error, traceback="\n".join(first_lines(o.traceback)),
+        entry = dict(status="done" if o.status == "kept" else o.status, seconds=round(o.seconds, 1) if o.status != "kept" else kept.get(job.name, {}).get("seconds"), error=o.error, traceback="\n".join(first_lines(o.traceback)), sittings=_sittings(o, kept.get(job.name, {}), batch.sitting),
                      title=job.experiment.title, claim=job.experiment.claim, parameters={p.name: job.parameters.get(p.name, p.default) for p in job.experiment.parameters.values()})
         executed = batch.notebook(job)
         if o.status in ("done", "failed", "timed out") and executed.exists() and not _newer(executed.with_suffix(".html"), executed):
@@ -466,13 +466,23 @@ def write_summary(batch: "Batch") -> Path:
     items.sort(key=lambda i: ({"table": 0, "figure": 1}.get(i["name"].split("_")[0], 2), i["name"]))
     batch.facts = batch.facts or (before if before and not batch.outcomes else _facts())
     where = batch.facts
-    atomic_json(out / "results" / "batch.json", where | dict(profile=batch.profile, jobs=kept))
+    mine = dict(started=batch.sitting, seconds=round(time.monotonic() - batch.began, 1), notebooks=sum(o.status in ("done", "failed", "timed out") for o in batch.outcomes.values()), at_once=batch.workers, commit=where["commit"], dirty=where["dirty"])
+    counted = {s for entry in kept.values() for s in entry.get("sittings", [])}
+    sittings = [s for s in [*(s for s in sittings if s["started"] != batch.sitting), mine] if s["started"] in counted]
+    wall = human_time(sum(s["seconds"] for s in sittings)) + (f" in {len(sittings)} sittings" if len(sittings) > 1 else "")
+    atomic_json(out / "results" / "batch.json", where | dict(profile=batch.profile, sittings=sittings, jobs=kept))
     count = lambda badge: sum(i["badge"] == badge and i["status"] == "done" for i in items)
-    facts = {"claims": f"{count('holds')} hold, {count('partly')} hold partly, {count('no')} do not", "commit": (where["commit"] or "none")[:10] + (" with changes" if where["dirty"] else "" if where["dirty"] is False or not where["commit"] else ", changes not known"), "device": where["device"], "torch": where["packages"]["torch"], "finished": where["started"][:10], "time": human_time(sum(j.get("seconds") or 0 for j in kept.values()))}
+    facts = {"claims": f"{count('holds')} hold, {count('partly')} hold partly, {count('no')} do not", "commit": (where["commit"] or "none")[:10] + (" with changes" if where["dirty"] else "" if where["dirty"] is False or not where["commit"] else ", changes not known"), "device": where["device"], "torch": where["packages"]["torch"], "finished": where["started"][:10]} | ({"time": wall} if sittings else {}) | {"sum over notebooks": human_time(sum(j.get("seconds") or 0 for j in kept.values()))}
     return write_atomic(out / "index.html", INDEX.render(profile=batch.profile, description=batch.description, items=items, done=sum(i["status"] == "done" for i in items), facts=facts))
 
 
 def _newer(made: Path, source: Path) -> bool: return made.exists() and made.stat().st_mtime_ns > source.stat().st_mtime_ns
+
+
+def _sittings(outcome: "Outcome", before: dict, now: str) -> list[str]:
+    "The sittings that a notebook's result took: this one, and those before it that did not finish it."
+    took = before.get("sittings", [])
+    return took if not outcome.seconds or now in took else [*(took if before.get("status") != "done" else []), now]
 
 
 def _facts() -> dict:
@@ -512,7 +522,7 @@ class Batch:
         self.profile, self.jobs, self.out, self.workers, self.echo, self.description = profile, list(jobs), Path(out), workers, echo, description
         self.outcomes: dict[str, Outcome] = {}
         self.facts: dict = {} # about the machine and the code, for the page
-        self.stop, self.began = threading.Event(), time.monotonic()
+        self.stop, self.began, self.sitting = threading.Event(), time.monotonic(), datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         for part in ("notebooks", "figures", "tables", "results", "logs", "cache/done"): (self.out / part).mkdir(parents=True, exist_ok=True)
         for part in ("cache", "logs"): (self.out / part / ".gitignore").write_text("*\n")
 
