@@ -390,7 +390,8 @@ class Table:
     def to_latex(self) -> str:
         "For a paper (needs booktabs and multirow)."
         shown = self.cells.style.format(escape="latex").format_index(escape="latex", axis=0).format_index(escape="latex", axis=1)
-        columns = "l" * self.cells.index.nlevels + (rf"p{{{0.8 / self.cells.shape[1]:.2f}\linewidth}}" if self.prose else "r") * self.cells.shape[1]
+        longest = self.cells.map(len).max().clip(6, 60)
+        columns = "l" * self.cells.index.nlevels + ("".join(rf"p{{{0.75 * n / longest.sum():.2f}\linewidth}}" for n in longest) if self.prose else "r" * len(longest))
         text = self._marked(shown, dict(best="textbf:--rwrap", second="underline:--rwrap")).to_latex(hrules=True, multicol_align="c", column_format=columns, caption=re.sub(r"([%&_#])", r"\\\1", self.caption))
         return re.sub("|".join(_TEX), lambda m: _TEX[m[0]], text)
 
@@ -577,7 +578,7 @@ def conclude(name: str, # of the notebook
              out: str | Path, # folder of the batch
              numbers: dict[str, float | str] = {}, # the few key numbers, with units in their names
              figures: Sequence[str] = (), # as `save_figure` returned them
-             tables: Sequence[str] = (), # as `Comparison.save` returned them
+             tables: Sequence[str] = (), # as `Table.save` returned them
              results: Sequence[RunResult] = (), # the runs that went in
             ) -> Conclusion:
     """Write what was found to `out`/results/`name`.json, copies of the runs to `out`/results/runs, and mark the notebook as done. The last cell of every experiment notebook calls it.
