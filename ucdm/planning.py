@@ -24,10 +24,10 @@ from .data import CLASSES, ImageSet
 from .pairs import KINDS, Portions, evaluations, find_batch_size
 from .prior import is_out_of_memory, load_prior
 from .reproduce import Job
-from .runs import RunSpec, get_method, human_time, method_config, pair_config, pool_folder, prior_identity, run_split, spec_hash
+from .runs import RunSpec, get_method, human_time, method_config, pair_config, pool_folder, prior_identity, run_split, spec_hash, ucdm_passes
 from .splits import IMAGES_PER_CLASS
 from .store import PairSet, PairStore
-from .training import TrainConfig, epoch_iterations, training_rate as measured_training_rate
+from .training import TrainConfig, training_rate as measured_training_rate
 
 # %% ../nbs/87_planning.ipynb #8f7f8d93
 class Sizes(ImageSet):
@@ -136,7 +136,7 @@ def image_passes(spec: RunSpec, n_seeds: int, n_known: int) -> int:
     "Images that pass through the network while a run trains, about: for UCDM, if no seed were ever labelled."
     c = method_config(spec)
     if c is None or hasattr(c, "draws"): return 0
-    if hasattr(c, "epochs_per_round"): return 2 * n_known * min(n_seeds, c.batch_size) * epoch_iterations([n_seeds], c.batch_size) * c.rounds * c.epochs_per_round
+    if hasattr(c, "epochs_per_round"): return ucdm_passes(c, n_seeds, n_known)
     return c.image_passes or c.iterations * c.batch_size * (1 if spec.method.startswith("supervised") else 1 + 2 * c.ratio)
 
 
