@@ -196,13 +196,14 @@ def prior_facts(env, spec: RunSpec, share: float) -> tuple[str, int]: # fingerpr
 
 
 def remote_prior(spec: RunSpec) -> RemotePrior:
-    "The generator of a run, and a batch size that fits on every machine, as workers find them: one task for each machine."
+    "The generator of a run, and a batch size that fits wherever workers looked: as many tasks as there are machines, spread over them. RuntimeError if machines have different generators of that name."
     ray, spec = connect(), located(spec)
     needs = task_needs(ray)
     cores = [n["Resources"]["CPU"] for n in nodes(ray) if needs.met_by(n["Resources"])] or [needs.cpus] # without a machine, `run_tasks` waits for one
     share = min(1.0, needs.gpus or needs.cpus / max(cores))
     found = [answer for _, answer in run_tasks(prior_facts, ((i, (carried(ray), spec, share)) for i in range(len(cores))))]
     if errors := [f for f in found if isinstance(f, Exception)]: raise errors[0]
+    if len({fingerprint for fingerprint, _ in found}) > 1: raise RuntimeError(f"the machines of the cluster have different generators under the name {spec.prior!r}.")
     return RemotePrior(spec, found[0][0], min(size for _, size in found))
 
 

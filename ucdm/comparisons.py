@@ -165,7 +165,7 @@ def open_set_checks(results: Sequence[RunResult],
     guess = {v: max(100 / (1 + len(class_split(r.spec.dataset, r.spec.class_split).known)) for r in results if getattr(r.spec, by) == v) for v in values}
     first, last = values[0], values[-1]
     checks = [
-        Check(f"UCDM's balance score is the highest of all methods at {everywhere}, whichever rule the others say \"other\" by (the better one by these test images, which favours them).", all(at[v]["balance"] > best[v][0] for v in met) if met else None,
+        Check(f"UCDM's balance score is the highest of all rows at {everywhere}, floor, ceiling and its own generator among them, whichever rule the others say \"other\" by (the better one by these test images, which favours them).", all(at[v]["balance"] > best[v][0] for v in met) if met else None,
               "; ".join(f"{say(v)}: {at[v]['balance']:.1f} against {best[v][0]:.1f} of {METHOD_LABELS.get(best[v][1], best[v][1])}{best_way(results, best[v][1], **{by: v})[1]}" for v in met) + "." if met
               else "no other method was run; UCDM reaches " + ", ".join(f"{at[v]['balance']:.1f} at {say(v)}" for v in values) + "."),
         Check(f"It is good at all three groups at once (balance score at least {good:.0f} at {everywhere}).", all(at[v]["balance"] >= good for v in values),

@@ -323,13 +323,12 @@ class _Bar(LineCollection):
         self.ends = ends
 
     def draw(self, renderer):
-        (x0, y0), (x1, y1) = ends = self.axes.transData.transform(self.ends)
-        (left, low), (right, high) = box = self.axes.bbox.get_points()
-        cut = ends.clip(*box)
+        ends = self.axes.transData.transform(self.ends)
+        cut = ends.clip(*self.axes.bbox.get_points())
         size = 2.5 * self.figure.dpi / 72
         lines = [cut]
         for point, end, other in zip(cut, ends, cut[::-1]):
-            if abs(end - point).max() < 1: continue
+            if abs(end - point).max() < 1 or (point == other).all(): continue # not cut here, or nothing of it is inside
             back = [size * ((o > p) - float(o < p)) for o, p in zip(other, point)] # towards the other end
             across = [size * 0.8 * (b == 0) for b in back]
             lines.append([(point[0] + back[0] + across[0], point[1] + back[1] + across[1]), point, (point[0] + back[0] - across[0], point[1] + back[1] - across[1])])
@@ -514,7 +513,12 @@ def settings_note(results: Iterable[RunResult],
     "How the measured runs differ from the paper's settings (Tables 16 and 17): a paragraph on UCDM, one on the compared methods, one on what was left out."
     results, label = list(results), lambda m: METHOD_LABELS.get(m, m)
     of = {m: [r for r in results if r.spec.method == m] for m in dict.fromkeys(r.spec.method for r in results)}
-    changed = {m: _changed(rs[0].spec) for m, rs in of.items()}
+    def over(rs): # setting -> what its runs have, the default; image passes that differ from problem to problem stand in `passes_note`
+        each = [_changed(r.spec) for r in rs]
+        default = {k: then for e in each for k, (_, then) in e.items()}
+        seen = {k: dict.fromkeys(str(e[k][0] if k in e else then) for e in each) for k, then in default.items()}
+        return {k: (" or ".join(vs), default[k]) for k, vs in seen.items() if k != "image_passes" or len(vs) == 1}
+    changed = {m: over(rs) for m, rs in of.items()}
     def counts(rs, key):
         sizes = sorted({r.seeds.get(key, 0) for r in rs})
         return f"{sizes[0]:,}" + (f" to {sizes[-1]:,}" if len(sizes) > 1 else "")

@@ -9,7 +9,8 @@ __all__ = ['METHODS', 'RESULT_VERSION', 'SPEED_ONLY', 'LOAD_UP_TO', 'ENGINES', '
            'code_hash', 'cache_folder', 'locked', 'say', 'human_time', 'atomic_json', 'mark_done', 'CorruptResult',
            'checked_json', 'run_prior', 'run_split', 'pool_folder', 'pair_set', 'stock_pairs', 'engine', 'ids_tensor',
            'watched', 'labelled_seeds', 'provenance', 'device_name', 'git_state', 'RunResult', 'labelling_rounds',
-           'run', 'read_result', 'RunsFailed', 'run_many', 'ucdm_passes', 'equal_passes', 'passes_note']
+           'run', 'read_result', 'RunsFailed', 'run_many', 'ucdm_passes', 'equal_passes', 'training_passes',
+           'passes_note']
 
 # %% ../nbs/80_runs.ipynb #a1bf5bcc
 import ast, difflib, fcntl, hashlib, importlib, inspect, json, math, os, pkgutil, platform, re, resource, subprocess, sys, threading, time, types, typing, warnings
@@ -731,13 +732,23 @@ def equal_passes(specs: Sequence[RunSpec], # of a comparison
     return [with_budget(s) for s in specs]
 
 
+def training_passes(spec: RunSpec, n_seeds: int, n_known: int,
+                    rounds: Sequence[dict] = (), # see `ucdm_passes`
+                   ) -> int:
+    "Images that pass through the network while a run trains; about, where a method counts iterations (a labelled batch, and two views of an unlabelled one)."
+    config = method_config(spec)
+    if config is None or hasattr(config, "draws"): return 0
+    if hasattr(config, "epochs_per_round"): return ucdm_passes(config, n_seeds, n_known, rounds)
+    return config.image_passes or config.iterations * config.batch_size * (1 if spec.method.startswith("supervised") else 1 + 2 * config.ratio)
+
+
 def passes_note(results: Iterable["RunResult"]) -> str:
     "A sentence: how many images passed through the network in a training of UCDM and of the compared methods, problem by problem."
     results, made = list(results), {}
     vary = [f for f in ("dataset", "class_split", "mismatch") if len({getattr(r.spec, f) for r in results}) > 1]
     for r in results:
-        config, problem = method_config(r.spec), " ".join(f"{v:.0%}" if isinstance(v, float) else str(v) for v in (getattr(r.spec, f) for f in vary))
-        n = ucdm_passes(config, r.seeds["n"], len(r.seeds["classes"]) - 1, r.rounds) if hasattr(config, "epochs_per_round") else getattr(config, "image_passes", None)
+        problem = " ".join(f"{v:.0%}" if isinstance(v, float) else str(v) for v in (getattr(r.spec, f) for f in vary))
+        n = training_passes(r.spec, r.seeds["n"], len(r.seeds["classes"]) - 1, r.rounds)
         if n: made.setdefault(problem, {}).setdefault("UCDM" if r.spec.method == "ucdm" else "each compared method", []).append(n)
     def say(counts): return ", ".join(f"{who} {min(ns):,}" + (f" to {max(ns):,}" if max(ns) > min(ns) else "") for who, ns in counts.items())
     return f"Image passes of a training: {'; '.join(f'{problem}: {say(counts)}' if problem else say(counts) for problem, counts in made.items())}." if made else ""
