@@ -159,6 +159,12 @@ def _prepare_page(job) -> None:
     write_nb(nb, destination)
 
 # %% ../nbs/90_docs.ipynb #d9e2a34a
+def _committed(result: Path, profile: str) -> str:
+    "A note on an experiment that was not executed in this copy."
+    if not result.is_file(): return "Not run yet: `make reproduce` fills in the results."
+    return f"In profile `{profile}`: {json.loads(result.read_text())['verdict']}. Tables and figures are in `outputs/{profile}` of the repository; `make reproduce` fills them in here."
+
+
 def prepare(
     root: Path, # the repository
     folder: Path, # where the notebooks for reading go; emptied first
@@ -179,7 +185,7 @@ def prepare(
             executed = root/"outputs"/profile/"notebooks"/nb.name
             found = executed.is_file()
             note = (f"Run with profile `{profile}`: [the executed notebook](../../outputs/{profile}/notebooks/{nb.name})." if found
-                    else "Not run yet: `make reproduce` fills in the results.")
+                    else _committed(root/"outputs"/profile/"results"/f"{nb.stem}.json", profile))
             nb = executed if found else nb
         (folder/name).parent.mkdir(parents=True, exist_ok=True)
         jobs.append((nb, folder/name, note))
