@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TYPES', 'WORDS', 'PROFILE_KEYS', 'JOB_KEYS', 'QUIET', 'INDEX', 'PAGE', 'app', 'Parameter', 'read_parameters',
            'check_parameters', 'Experiment', 'read_experiment', 'find_experiments', 'chosen', 'Job', 'load_profile',
-           'plan', 'execute', 'kill_tree', 'tidy', 'can_fork', 'shared_imports', 'ForkedKernel', 'Starter', 'thumbnail',
-           'notebook_html', 'write_summary', 'Outcome', 'Batch', 'first_lines', 'main', 'use_engine', 'show_plan',
-           'show_list']
+           'plan', 'with_values', 'execute', 'kill_tree', 'tidy', 'can_fork', 'shared_imports', 'ForkedKernel',
+           'Starter', 'thumbnail', 'notebook_html', 'write_summary', 'Outcome', 'Batch', 'first_lines', 'main',
+           'use_engine', 'show_plan', 'show_list']
 
 # %% ../nbs/82_reproduce.ipynb #def18870
 import ast, base64, fcntl, functools, hashlib, importlib, io, json, math, multiprocessing, os, re, shutil, signal, socket, subprocess, sys, tempfile, threading, time, tokenize, traceback
@@ -200,6 +200,23 @@ def plan(experiments: dict[str, Experiment], # what can be run
         jobs.append(Job(experiment, values, key, float(entry.get("seconds", 60)), 60 * float(entry.get("limit_minutes", profile.get("limit_minutes", 60))), bool(entry.get("on_request"))))
     if problems: raise ValueError("the profile does not fit the notebooks:\n" + "\n".join(f"  {p}" for p in problems))
     return jobs
+
+# %% ../nbs/82_reproduce.ipynb #06b3ba84
+def with_values(profile: dict, # as `load_profile` gives it
+                picked: Mapping[str, Experiment], # the notebooks that are to run
+                values: Sequence[str], # NAME=VALUE, with the value in YAML
+               ) -> dict: # the same with these values in place of its own
+    "Change parameters of the notebooks that are to run. ValueError if none of them has one of the name, or if the value is no YAML."
+    entries, known = {n: dict(e or {}) for n, e in (profile.get("notebooks") or {}).items()}, {p for e in picked.values() for p in e.parameters}
+    for text in values:
+        name, given, value = text.partition("=")
+        if not given: raise ValueError(f"--set {text}: write it as NAME=VALUE, for instance --set seeds=[0].")
+        if name not in known: raise ValueError(f"--set {text}: {nearest(name, known, 'parameter')}")
+        try: value = yaml.safe_load(value)
+        except yaml.YAMLError: raise ValueError(f"--set {text}: the value is not YAML. Numbers, words, [lists], {{mappings: 1}} and null are.") from None
+        for n, experiment in picked.items():
+            if name in experiment.parameters: entries[n] = (entry := entries.get(n, {})) | dict(parameters=(entry.get("parameters") or {}) | {name: value})
+    return profile | dict(notebooks=entries)
 
 # %% ../nbs/82_reproduce.ipynb #e0743100
 def execute(source: str, # notebook
@@ -698,6 +715,8 @@ _EXAMPLES = """**Examples**
 
 `ucdm-reproduce --only table_02 figure_11` — two items (the beginning of a name is enough)
 
+`ucdm-reproduce --profile standard --only table_02 --set mismatches=[0.6] --set seeds=[0]` — a part of a table first
+
 `ucdm-reproduce --profile paper --only table_02 --out /data/ucdm` — the paper's settings, elsewhere
 
 `ucdm-reproduce --profile paper --plan --rate 500` — what the paper's settings would cost on a card that does 500 UNet evaluations a second
@@ -711,6 +730,7 @@ _EXAMPLES = """**Examples**
 def main(more: list[str] = typer.Argument(None, help="Further names for --only.", metavar="[NAME]...", show_default=False),
          profile: str = typer.Option("quick", "--profile", "-p", help="Which YAML file of nbs/experiments/profiles to use."),
          only: list[str] = typer.Option(None, "--only", "-o", help="Run only these notebooks. The beginning of a name is enough: table_02.", show_default=False),
+         values: list[str] = typer.Option(None, "--set", "-s", metavar="NAME=VALUE", help="Give the notebooks another value for a parameter than the profile does: --set seeds=[0]. May be repeated.", show_default=False),
          jobs: int = typer.Option(1, "--jobs", "-j", min=1, help="Notebooks to run at the same time; they share the processor's cores. Leave it at 1 with one GPU."),
          resume: bool = typer.Option(True, "--resume/--fresh", help="Skip what is done and go on with what is not; or compute everything again (with --only: those notebooks and their runs; generated pairs stay)."),
          listing: bool = typer.Option(False, "--list", "-l", help="Show the notebooks, their parameters in this profile, and what is done; run nothing."),
@@ -730,8 +750,8 @@ def main(more: list[str] = typer.Argument(None, help="Further names for --only."
         home = next(iter(experiments.values())).path.resolve().parent
         out = out or home.parent.parent / "outputs" / profile
         content = load_profile(profile, home / "profiles")
-        everything = plan(experiments, content, os.path.relpath(out.resolve(), home))
         picked = chosen(experiments, [*(only or []), *(more or [])])
+        everything = plan(experiments, with_values(content, picked, values or []), os.path.relpath(out.resolve(), home))
         picked = [j for j in everything if j.name in picked and (only or listing or not j.on_request)]
         if planning: show_plan(profile, picked, out / "cache", rate, training_rate); return
         if engine not in ENGINES: raise ValueError(nearest(engine, ENGINES, "engine"))
