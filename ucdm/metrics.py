@@ -117,6 +117,7 @@ BATCH_NORM_PROTOCOLS = ("running", "group_pure", "mixed")
 
 def _predict_groups(predict, images, batch_norm, seed):
     "Predictions of every group under one batch norm protocol: dict group -> (closed, open), in the order of the images."
+    if not callable(predict): return predict
     if batch_norm == "running": return {g: predict(x) for g, x in images.items()}
     def shuffled(x):
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
@@ -128,7 +129,7 @@ def _predict_groups(predict, images, batch_norm, seed):
     closed, open_probs = (t.split(sizes) for t in shuffled(torch.cat(list(images.values()))))
     return dict(zip(images, zip(closed, open_probs)))
 
-def evaluate(predict: Callable, # images uint8 [N, 3, 32, 32] -> (closed [N, K], open [N, K + 1]), probabilities
+def evaluate(predict: Callable|Mapping, # images uint8 [N, 3, 32, 32] -> (closed [N, K], open [N, K + 1]), probabilities; or what it has said of each group
              groups: Mapping[str, tuple[Tensor, Tensor]], # "known", "unknown", "new" -> (images, labels 0..K with K = other)
              batch_norm: str="running", # or "group_pure", "mixed": then predict is called with batch_norm="batch"
              seed: int=0, # order of the images in batches with their own statistics
@@ -139,7 +140,7 @@ def evaluate(predict: Callable, # images uint8 [N, 3, 32, 32] -> (closed [N, K],
     """
     return evaluate_with_curves(predict, groups, batch_norm, seed)[0]
 
-def evaluate_with_curves(predict: Callable, groups: Mapping[str, tuple[Tensor, Tensor]], batch_norm: str="running", seed: int=0, # as for `evaluate`
+def evaluate_with_curves(predict: Callable|Mapping, groups: Mapping[str, tuple[Tensor, Tensor]], batch_norm: str="running", seed: int=0, # as for `evaluate`
                         ) -> tuple[dict[str, float], dict[str, list[float]]]: # metrics, curves
     "What `evaluate` gives, and the `curves` behind OSCR and calibration error."
     if batch_norm not in BATCH_NORM_PROTOCOLS: raise ValueError(f"batch_norm must be one of {', '.join(BATCH_NORM_PROTOCOLS)}, got {batch_norm!r}")

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from unittest import mock
 
@@ -46,13 +47,15 @@ class Sizes(ImageSet):
     def unlabelled(self) -> "Sizes": return self
 
 
+_read = lru_cache(maxsize=6)(data.load_dataset) # once for all notebooks of a plan
+
+
 @contextmanager
 def sizes_only(real: bool = False): # whether to prefer data sets that are on disk
     "Within it, no data set is downloaded, and runs are about `Sizes`."
-    load = data.load_dataset
     def stand_in(name, split="train", root=None, download=True):
         if real:
-            try: return load(name, split, root, download=False)
+            try: return _read(name, split, root, download=False)
             except FileNotFoundError: pass
         return Sizes.of(name, split)
     runs._dataset.cache_clear()

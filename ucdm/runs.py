@@ -614,11 +614,13 @@ def _compute(spec, name, folder, partial, root, progress) -> RunResult:
         truth = split.true_labels(train)
         groups = split.test(_dataset(spec.dataset, "test", root))
         ways = BATCH_NORM_PROTOCOLS if "batch_norm" in inspect.signature(fitted.predict).parameters else ("running",)
-        running, curves = evaluate_with_curves(fitted.predict, groups)
+        by_rule = {g: fitted.predict_by_rule(x) if hasattr(fitted, "predict_by_rule") else {"": fitted.predict(x)} for g, (x, _) in groups.items()}
+        said = lambda rule: {g: p[rule] for g, p in by_rule.items()}
+        running, curves = evaluate_with_curves(said(""), groups)
         protocols = {p: running if p == "running" else evaluate(fitted.predict, groups, p) for p in ways}
-        protocols |= {f"running+{rule}": evaluate(lambda images, rule=rule: fitted.predict(images, other=rule), groups) for rule in getattr(fitted, "other_rules", ())}
+        protocols |= {f"running+{rule}": evaluate(said(rule), groups) for rule in by_rule["known"] if rule}
         if hasattr(fitted, "snapshots"):
-            each = [evaluate(f.predict, groups) for f in fitted.snapshots()]
+            each = [running if f is fitted else evaluate(f.predict, groups) for f in fitted.snapshots()]
             protocols["last_epochs"] = {k: sum(m[k] for m in each) / len(each) for k in each[0]}
     history, K = getattr(fitted, "history", []), split.n_known
     epochs = [dict(round=h["round"] + 1, epoch=h["epoch"] + 1, loss=h["loss"]) for h in history if h.get("kind") == "epoch"]

@@ -291,6 +291,14 @@ def answers(learner: Learner,
 
 
 @patch
+def decide(self: Learner, logits: Tensor, open_probs: Tensor|None, # what `answers` gives
+           rule: str, # for "other", if the method has none of its own
+          ) -> Tensor: # [N, K + 1]
+    "Open-set probabilities."
+    return with_other(logits, rule, self.notes.get(rule)) if open_probs is None else open_probs
+
+
+@patch
 def predict(self: Learner,
             images: Tensor, # uint8 [N, 3, H, W]
             batch_norm: str="running", # "running", or "batch": the statistics of each batch of 32
@@ -299,8 +307,17 @@ def predict(self: Learner,
     "Closed-set and open-set prediction."
     if self.open_set and other is not None: raise ValueError(f"{self.name} has an \"other\" of its own; the rule {other!r} is for closed-set methods")
     logits, open_probs = answers(self, images, batch_norm=batch_norm)
-    rule = other or self.config.other
-    return logits.softmax(1), with_other(logits, rule, self.notes.get(rule)) if open_probs is None else open_probs
+    return logits.softmax(1), self.decide(logits, open_probs, other or self.config.other)
+
+
+@patch
+def predict_by_rule(self: Learner,
+                    images: Tensor, # uint8 [N, 3, H, W]
+                   ) -> dict[str, tuple[Tensor, Tensor]]: # rule -> what `predict` gives with it; under "" without one
+    "All predictions from one forward pass."
+    logits, open_probs = answers(self, images)
+    closed = logits.softmax(1)
+    return {rule: (closed, self.decide(logits, open_probs, rule or self.config.other)) for rule in ("", *self.other_rules)}
 
 # %% ../../nbs/40_semi_supervised.ipynb #bbcd6fb8
 CHECK_EVERY = 50 # steps between looks at the loss
@@ -445,12 +462,13 @@ def train(learner: Learner, # changed in place
 @patch
 def snapshots(self: Learner) -> Iterator[Learner]:
     "The classifiers of the last epochs, oldest first; the last one is the learner as it is."
-    for state in self.kept:
+    for state in self.kept[:-1]:
         past = copy.copy(self)
         past.ema, past.notes = self.network().to(self.device).requires_grad_(False), dict(self.notes)
         past.ema.load_state_dict(state)
         finish(past)
         yield past
+    yield self
 
 # %% ../../nbs/40_semi_supervised.ipynb #23031f72
 def fit(cls: type[Learner], # a method

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .mtcf import familiar_or_other, pile_scores
-from .semi_supervised import RULES, Learner, SSLConfig, Stream, answers, otsu, register, with_other
+from .semi_supervised import RULES, Learner, SSLConfig, Stream, otsu, register, with_other
 
 # %% ../../nbs/53_t2t.ipynb #a339dd05
 def rotations(images: Tensor, # [B, C, H, W]
@@ -178,7 +178,4 @@ class T2T(Learner):
     @property
     def other_rules(self): return (*super().other_rules, "matching")
 
-    def predict(self, images, batch_norm="running", other=None):
-        "Closed-set and open-set prediction; `other` may also be \"matching\"."
-        rule, (logits, q) = other or self.config.other, answers(self, images, batch_norm=batch_norm)
-        return logits.softmax(1), q if rule == "matching" else with_other(logits, rule, self.notes.get(rule))
+    def decide(self, logits, open_probs, rule): return open_probs if rule == "matching" else with_other(logits, rule, self.notes.get(rule))
