@@ -5,12 +5,15 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
+from test_reproduce import arguments, notebook, project  # noqa: F401 (a fixture)
 
 from ucdm.data import load_dataset
-from ucdm.pairs import KINDS, PairConfig, pair_stores
+from ucdm.pairs import BATCH_LIMIT, KINDS, PairConfig, pair_stores
 from ucdm.runs import RunSpec, grid, pool_folder, run_many, run_split
 from ucdm.store import PairStore, look_over
 
@@ -55,12 +58,13 @@ def cluster():
 
 
 def kill_one_when(cluster, condition):
-    "Kill a node, as a power cut would, as soon as something is true and both nodes are at work."
-    import ray
+    "Kill a node, as a power cut would, as soon as something is true; none if that takes minutes."
     killed = []
     def wait():
         deadline = time.monotonic() + 240
-        while time.monotonic() < deadline and not (condition() and ray.available_resources().get("CPU", 0) == 0): time.sleep(0.02)
+        while not condition():
+            if time.monotonic() > deadline: return
+            time.sleep(0.02)
         cluster.remove_node(victim, allow_graceful=False)
         killed.append(victim)
     victim = cluster.workers.pop(0)
@@ -70,18 +74,20 @@ def kill_one_when(cluster, condition):
 
 
 @needs_ray
-def test_node_lost_while_generating(cluster, tmp_path, monkeypatch):
+def test_node_lost_while_generating(cluster, tmp_path):
     "One of two nodes is killed after the first shard has arrived. Every seed is there once, and every image is what one worker alone makes."
+    import ray
+
     from ucdm import cluster as c
-    monkeypatch.setattr(c, "SHARD_SIZE", 2)
     line = c.check_cluster(tmp_path)
     assert line.startswith("2 machines with 2 cores")
     ids, classes, config = list(range(0, 7200, 300)), ("T-shirt", "trouser"), PairConfig(steps=2)
     seeds = load_dataset("fashion-mnist", "train")[torch.tensor(ids)].unlabelled()
     prior = c.remote_prior(SPEC)
+    assert prior.batch_size == BATCH_LIMIT["cpu"]
     stores = pair_stores({kind: tmp_path / kind for kind in KINDS}, prior.fingerprint, "embedded", classes, config, ids)
-    thread, killed = kill_one_when(cluster, lambda: len(PairStore(tmp_path / "negative").index()) >= 1)
-    c.fill_stores(stores, prior, seeds, ids, classes, config)
+    thread, killed = kill_one_when(cluster, lambda: len(PairStore(tmp_path / "negative").index()) >= 1 and ray.available_resources().get("CPU", 0) == 0)
+    c.fill_stores(stores, prior, seeds, ids, classes, config, shard_size=2)
     there = [len(s.index()) for s in stores.values()]
     thread.join()
     assert killed and there == [12, 12]
@@ -89,7 +95,7 @@ def test_node_lost_while_generating(cluster, tmp_path, monkeypatch):
     for kind, store in stores.items():
         assert sorted(i for e in store.index() for i in e["ids"]) == ids and look_over(store).fine
         for e in store.index()[::3]:
-            here = c.make_shard({}, SPEC, prior.fingerprint, seeds.images[[where[i] for i in e["ids"]]].numpy(), e["ids"], e["ids"], KINDS, classes, False)
+            here = c.make_shard({}, SPEC, prior.fingerprint, seeds.images[[where[i] for i in e["ids"]]].numpy(), e["ids"], e["ids"], KINDS, classes, prior.batch_size, False)
             assert torch.equal(torch.from_numpy(here[kind]), store.read(e))
     cluster.workers.append(cluster.add_node(num_cpus=1, **NODE))
 
@@ -97,8 +103,9 @@ def test_node_lost_while_generating(cluster, tmp_path, monkeypatch):
 @needs_ray
 def test_node_lost_while_running(cluster, tmp_path, monkeypatch):
     "Two runs share their pairs; a node is killed while both train. Both results arrive, and are those of a single machine."
-    specs = grid(SPEC, seed=[0, 1])
-    thread, killed = kill_one_when(cluster, lambda: len(list((tmp_path / "partial").glob("*.lock"))) == 2)
+    specs = grid(replace(SPEC, train=SPEC.train | dict(epochs_per_round=60)), seed=[0, 1])
+    count = lambda pattern: len(list(tmp_path.glob(pattern)))
+    thread, killed = kill_one_when(cluster, lambda: count("partial/*.lock") == 2 and not count("runs/*.json"))
     there = run_many(specs, tmp_path, progress=False)
     thread.join()
     assert killed and [r.spec.seed for r in there] == [0, 1]
@@ -110,6 +117,27 @@ def test_node_lost_while_running(cluster, tmp_path, monkeypatch):
         assert sorted(i for e in store.index() for i in e["ids"]) == sorted(split.seed_index.tolist())
     here = run_many(specs[:1], tmp_path, fresh=True, progress=False)
     assert here[0].protocols == there[0].protocols and here[0].epochs == there[0].epochs
+
+
+@needs_ray
+def test_warnings_of_workers(cluster):
+    "What a worker warns of is said by the process that gave it the task."
+    from ucdm import cluster as c
+    with pytest.warns(UserWarning, match="out of memory with 64 pairs in a batch"):
+        assert list(c.run_tasks(warnings.warn, iter([("a task", ("out of memory with 64 pairs in a batch; going on with 32.",))]))) == [("a task", None)]
+
+
+@needs_ray
+def test_batch_on_a_cluster(cluster, project):  # noqa: F811
+    "`ucdm-reproduce --engine ray --address`: the runs of a notebook are computed by the cluster, and kept in the cache of the batch."
+    spec = replace(SPEC, n_seeds=4, train=SPEC.train | dict(rounds=1, epochs_per_round=1))
+    body = f"import ray\nfrom ucdm.runs import RunSpec, run_many\nrun_many([{spec!r}], f'{{out}}/cache', progress=False)\nassert len(ray.nodes()) >= 3"
+    folder = project(table_01=notebook(body=body))
+    env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "UCDM_ENGINE")}
+    done = subprocess.run([*arguments(folder), "--engine", "ray", "--address", cluster.address], capture_output=True, text=True, timeout=600, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "a task takes 1 and 0" in done.stdout and "table_01  done" in done.stdout
+    assert len(list((folder / "out" / "cache" / "runs").glob("*.json"))) == 1
 
 
 @needs_ray

@@ -61,6 +61,7 @@ def test_all_run_and_are_kept(project):
     assert (folder / "out" / "index.html").exists() and (folder / "out" / "notebooks" / "table_01.ipynb").exists()
     status, said, _ = batch(folder)
     assert status == 0 and said.count("already done") == 2
+    assert "sittings" not in (folder / "out" / "index.html").read_text()
     project(dict(notebooks=dict(table_01=dict(parameters=dict(size=4)))))
     status, said, _ = batch(folder)
     assert status == 0 and said.count("already done") == 1 and "table_01  done" in said
@@ -195,6 +196,10 @@ def test_stopped_and_resumed(project, tmp_path, how):
     (folder / "go").touch()
     status, said, _ = batch(folder)
     assert status == 0 and "a  already done" in said and "b  done" in said
+    held = json.loads((folder / "out" / "results" / "batch.json").read_text())
+    assert [s["notebooks"] for s in held["sittings"]] == [1, 1] and held["sittings"][1]["seconds"] >= held["jobs"]["b"]["seconds"]
+    assert held["jobs"]["b"]["sittings"] == [s["started"] for s in held["sittings"]][how == signal.SIGKILL:]  # who is killed writes nothing down
+    assert "in 2 sittings" in (folder / "out" / "index.html").read_text()
 
 
 def test_time_limit(project, tmp_path):
@@ -252,14 +257,25 @@ def test_results_are_json(project):
     held = json.loads((folder / "out" / "results" / "batch.json").read_text())
     assert held["jobs"]["table_01"]["status"] == "done"
     assert {"python", "packages", "device", "commit", "started"} <= held.keys()
+    sitting, = held["sittings"]
+    assert sitting["seconds"] >= held["jobs"]["table_01"]["seconds"] > 0 and (sitting["notebooks"], sitting["at_once"], sitting["commit"]) == (1, 1, held["commit"])
+
+
+@pytest.mark.parametrize("profile", ["smoke", "quick", "standard", "paper"])
+def test_profiles_fit(profile):
+    "Every profile names notebooks and parameters that exist, gives values of their types, and says of every notebook how long it takes."
+    home = Path(__file__).parent.parent / "nbs" / "experiments"
+    experiments, content = find_experiments(home), load_profile(profile, home / "profiles")
+    assert len(plan(experiments, content, "..")) == len(experiments)
+    assert profile == "smoke" or not (left_out := experiments.keys() - content["notebooks"].keys()), f"{profile} does not name {', '.join(sorted(left_out))}"
 
 
 def test_plan_of_the_paper(tmp_path):
-    "Table 3 without any data set on disk: nothing is downloaded or written, and the pairs are those of 40,000 seeds and 20 classes."
+    "Table 3 without any data set on disk: nothing is downloaded or written, and the pairs are those of 40,000 seeds and 20 classes. Table 11, which has no runs, is rehearsed too."
     env = os.environ | dict(UCDM_DATA=str(tmp_path / "data"))
-    done = subprocess.run([sys.executable, "-m", "ucdm.reproduce", "--profile", "paper", "--only", "table_03", "--plan", "--rate", "1000", "--training-rate", "1000", "--out", str(tmp_path / "out")], capture_output=True, text=True, env=env)
+    done = subprocess.run([sys.executable, "-m", "ucdm.reproduce", "--profile", "paper", "--only", "table_03", "--only", "table_11", "--plan", "--rate", "1000", "--training-rate", "1000", "--out", str(tmp_path / "out")], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
-    assert "1,600,000 to generate" in done.stdout and "64,000,000 of them for pairs" in done.stdout and "without reading any: cifar100" in done.stdout
+    assert "1,600,000 to generate" in done.stdout and "64,000,000 of them for pairs" in done.stdout and "without reading any: cifar100" in done.stdout and "would fail" not in done.stdout
     assert not list(tmp_path.iterdir())
 
 
@@ -273,12 +289,14 @@ def test_committed_results():
     batch = json.loads(read("outputs/quick/results/batch.json"))["jobs"]
     rows = [line.split("|") for line in read("README.md").splitlines() if re.match(r"\| (Tables?|Figures?|ours) ?", line)]
     assert len(rows) > 30
-    for _, item, notebook, _, expected, found, *_ in rows:
+    experiments = find_experiments(root / "nbs" / "experiments")
+    for _, item, notebook, parameters, expected, found, *_ in rows:
         names = re.findall(r"experiments/(\w+)\.ipynb", notebook + expected)
         results = [f"outputs/quick/results/{n}.json" for n in names]
         verdicts = [json.loads(read(f))["verdict"] if f in files else "not run" for f in results]
         assert found.strip() == (verdicts[0] if len(set(verdicts)) == 1 else ", ".join(verdicts)), item
-    for job in plan(find_experiments(root / "nbs" / "experiments"), load_profile("quick", root / "nbs" / "experiments" / "profiles"), "../../outputs/quick"):
+        assert not (unknown := set(re.findall(r"`(\w+)`", parameters)) - experiments[names[0]].parameters.keys()), f"README names parameters of {names[0]} that it does not have: {unknown}"
+    for job in plan(experiments, load_profile("quick", root / "nbs" / "experiments" / "profiles"), "../../outputs/quick"):
         assert (f"{job.name}.ipynb) *" in read("README.md")) == job.on_request, job.name
         wanted = {} if job.on_request else json.loads(json.dumps(job.parameters))
         assert not (other := {k: v for k, v in wanted.items() if batch[job.name]["parameters"].get(k) != v}), f"{job.name} was run with other parameters than the profile's {other}"

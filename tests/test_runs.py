@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from ucdm import prior as prior_module
 from ucdm.data import load_dataset
 from ucdm.pairs import PairConfig, generate_pairs
 from ucdm.prior import load_prior
-from ucdm.runs import RunSpec, cache_folder, pair_set, run, run_many, spec_hash
+from ucdm.runs import RunSpec, cache_folder, pair_set, prior_identity, run, run_many, run_split, spec_hash
+from ucdm.stable_diffusion_2 import SD2_BASE, clip_tokenizer, random_pipeline, shrunk
 from ucdm.store import CorruptShard, PairStore
 
 STEPS = dict(steps=2)
@@ -229,6 +231,19 @@ def test_failed_run_costs_only_itself(done, tmp_path):
     bad = RunSpec(**{**SPEC.__dict__, "prior": str(tmp_path / "nowhere")})
     with pytest.raises(RuntimeError, match=r"1 of 2 runs failed(?s:.*)nowhere") as e: run_many([bad, SPEC], tmp_path / "cache", progress=False)
     assert e.value.results[1] is not None
+
+
+def test_run_with_stable_diffusion_2(tmp_path):
+    "A folder in Stable Diffusion 2's layout, small and with random weights, is a run's generator like any other: pairs, training and evaluation go through, and the result says whose pairs they were."
+    folder, split = tmp_path / "stable-diffusion-2", run_split(SPEC)
+    random_pipeline(shrunk(SD2_BASE), clip_tokenizer([f"A photo of a {name}" for name in split.known_names])).save_pretrained(folder)
+    spec = replace(SPEC, prior=str(folder))
+    result = run(spec, tmp_path / "cache", progress=False)
+    assert result.provenance["prior"] == prior_identity(str(folder)) and 0 <= result.metrics["balance"] <= 100
+    pairs = pair_set(spec, tmp_path / "cache")
+    assert pairs.positives.shape == pairs.negatives.shape == (12, split.n_known, 3, 32, 32) and not torch.equal(pairs.positives, pairs.negatives)
+    stores = [PairStore(p.parent) for p in (tmp_path / "cache" / "pairs").glob("*/spec.json")]
+    assert {s.spec["prior"] for s in stores} == {load_prior(str(folder)).fingerprint}
 
 
 def test_cache_is_ignored_by_git(tmp_path):

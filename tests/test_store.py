@@ -58,6 +58,9 @@ def test_commands(tmp_path):
     assert command("repair", tmp_path)[0] == 0
     status, said = command("status", tmp_path, "--seeds", "8")
     assert status == 1 and "2 of 8 seeds missing, the first is 2" in said
+    (tmp_path / "ids").write_text("7\n3\n6\n")
+    status, said = command("status", tmp_path, "--ids", tmp_path / "ids")
+    assert status == 1 and "1 of 3 seeds missing, the first is 3" in said
     assert command("verify", tmp_path)[0] == 0 and not bad.exists()
     assert command("verify", tmp_path / "nothing")[0] == 2
 

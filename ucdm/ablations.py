@@ -14,7 +14,7 @@ from dataclasses import replace
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from .report import METRIC_LABELS, Check, draw_interval, spread
+from .report import METRIC_LABELS, PLUS_MINUS, Check, Table, best_two, draw_interval, mean_text, spread
 from .runs import RunResult, RunSpec, nearest, run_many
 
 # %% ../nbs/85_ablations.ipynb #8092925e
@@ -43,12 +43,17 @@ def variants_frame(results: Mapping[str, Sequence[RunResult]]) -> pd.DataFrame: 
     return pd.DataFrame([dict(variant=name, seed=r.spec.seed, metric=k, value=r.metrics[k]) for name, rs in results.items() for r in rs for k in METRICS])
 
 
-def variants_table(frame: pd.DataFrame) -> pd.DataFrame: # strings; a row a variant, a column a metric
-    "Mean ± sample standard deviation."
-    def cell(values):
-        mean, std, _ = spread(values.tolist())
-        return "–" if math.isnan(mean) else f"{mean:.1f}" + ("" if math.isnan(std) else f" ± {std:.1f}")
-    return frame.groupby(["variant", "metric"], sort=False).value.apply(cell).unstack().reindex(frame.variant.unique()).rename(columns=METRIC_LABELS).rename_axis(index=None, columns=None)
+def variants_table(frame: pd.DataFrame, # of `variants_frame`
+                   quoted: Mapping[tuple[str, str], float] = {}, # (variant, metric) -> what the paper prints
+                  ) -> Table: # its frame: source, variant, seed, metric, value
+    "A row a variant, a column a metric; then columns of what the paper prints, if it does."
+    whole = pd.concat([frame.assign(source="measured"), pd.DataFrame([dict(variant=v, metric=k, value=x, source="paper") for (v, k), x in quoted.items()])], ignore_index=True)
+    rows, columns = frame.variant.unique(), whole[["source", "metric"]].drop_duplicates()
+    values = whole.groupby(["variant", "source", "metric"], sort=False).value.apply(list).unstack(["source", "metric"]).reindex(index=rows, columns=pd.MultiIndex.from_frame(columns))
+    cells, marks = values.map(lambda v: mean_text(v if isinstance(v, list) else [])), values.map(lambda v: spread(v)[0] if isinstance(v, list) else math.nan).apply(best_two)
+    heads = [METRIC_LABELS.get(m, m) for _, m in cells.columns]
+    cells.columns = pd.MultiIndex.from_tuples([(s, h) for (s, _), h in zip(cells.columns, heads)]) if quoted else heads
+    return Table(whole[["source", *frame.columns]], cells, f"In percent: {PLUS_MINUS}." + (" Paper: as printed." if quoted else ""), marks if quoted else None)
 
 
 def mean_of_variant(frame: pd.DataFrame, variant: str, metric: str = "balance") -> float:

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'plain_pairs', 'fused_attention', 'network_clock', 'time_pairs', 'time_plain', 'in_turn', 'PairItems',
-           'plain_training', 'our_training', 'time_training', 'seconds_of', 'peak_teraflops', 'time_unet', 'main']
+           'plain_training', 'our_training', 'time_training', 'seconds_of', 'peak_teraflops', 'time_unet', 'with_goals',
+           'main']
 
 # %% ../nbs/91_bench.ipynb #d37c440b
 import time
@@ -191,37 +192,42 @@ def time_unet(prior: Prior, batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 
     return pd.DataFrame(rows).T.rename_axis("batch")
 
 # %% ../nbs/91_bench.ipynb #05f7cb51
+def with_goals(table: pd.DataFrame, **goals: str) -> pd.DataFrame: # the same with a column "goal"
+    "What some rows, named by words that only they contain, are to reach."
+    return table.assign(goal=[next((goal for word, goal in goals.items() if word in name), "") for name in table.index])
+
 app = typer.Typer(add_completion=False, help="Rates of pair generation and training on this machine, beside plain implementations.")
 
 @app.command()
 def main(rounds: int = typer.Option(4, help="how often plain and ours take turns"),
-         n_seeds: int = typer.Option(32, help="seed images of a turn; the plain implementation gets a quarter of them"),
+         n_seeds: int = typer.Option(32, help="seed images of a turn, at least those of a batch; the plain implementation gets a quarter of them"),
          steps: int = typer.Option(PairConfig.steps, help="DDIM steps of a pair; fewer make shorter turns"),
          iterations: int = typer.Option(3, help="training iterations of a turn"),
          pairs: bool = typer.Option(True, help="pair generation"), training: bool = typer.Option(True, help="training"), sd2: bool = typer.Option(True, help="Stable Diffusion 2's UNet, if there is a GPU")):
     "Print the benchmark tables."
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
     if pairs:
-        pool = load_dataset("fashion-mnist", "train")
-        seeds = pool[torch.arange(0, len(pool), len(pool) // n_seeds)[:n_seeds]].unlabelled()
         plain, fused, ours, fast = fused_attention(load_prior(dtype=torch.float32)), fused_attention(load_prior()), load_prior(), load_prior().compile()
-        size = find_batch_size(ours)
+        size, pool = find_batch_size(ours), load_dataset("fashion-mnist", "train")
+        n_seeds = max(n_seeds, size // 2) # two classes: at least a whole batch, which compiled code pads a smaller one to
+        seeds = pool[torch.arange(0, len(pool), len(pool) // n_seeds)[:n_seeds]].unlabelled()
         few, config = seeds[torch.arange(max(1, n_seeds // 4))], PairConfig(steps=steps)
         for prior in (fast, ours, fused): generate_pairs(prior, seeds, ("T-shirt", "trouser"), PairConfig(steps=1), batch_size=size, progress=False) # compiles both batch shapes
         time_plain(plain, few, config=PairConfig(steps=1))
         sides = {f"ours ({str(ours.dtype)[6:]}), fused attention": fused, f"ours ({str(ours.dtype)[6:]})": ours, "ours, compiled": fast}
         table = in_turn({"plain (float32, one call at a time)": lambda: time_plain(plain, few, config=config)} | {name: lambda prior=prior: time_pairs(prior, seeds, config=config, batch_size=size) for name, prior in sides.items()}, rounds)
-        print(f"\nPairs, {evaluations(1, config)} evaluations each ({card}):\n{table.round(3).to_string()}")
+        print(f"\nPairs, {evaluations(1, config)} evaluations each ({card}):\n{with_goals(table.round(3), compiled='ratio at least 2.5, outside below 0.08').to_string()}")
     if training:
         made = PairSet(*torch.randint(256, (2, 256, 2, 3, 32, 32), dtype=torch.uint8), ("T-shirt", "trouser"))
         runs = {"plain (float32, image by image, positives twice)": plain_training(made)} | {f"ours ({p})": our_training(made, TrainConfig(precision=p)) for p in ("float32", "bfloat16")}
         for run in runs.values(): next(run)
         table = in_turn({name: lambda run=run: time_training(run, iterations) for name, run in runs.items()}, rounds)
-        print(f"\nWideResNet-28-2 training ({card}):\n{table.round(2).to_string()}")
+        print(f"\nWideResNet-28-2 training ({card}):\n{with_goals(table.round(2), **{TrainConfig.precision: 'ratio at least 3'}).to_string()}")
     if sd2 and torch.cuda.is_available():
         unet = Prior(random_pipeline(SD2_BASE, clip_tokenizer(["A photo of a cat"]), torch.bfloat16), "random weights", "cuda")
         for name in ("eager", "compiled"):
-            print(f"\nStable Diffusion 2's UNet, bfloat16, {name} ({card}):\n{time_unet(unet).round(2).to_string()}")
+            table = time_unet(unet)
+            print(f"\nStable Diffusion 2's UNet, bfloat16, {name} ({card}), best in batches of {table['evaluations/s'].idxmax():g}:\n{table.round(2).to_string()}")
             unet.compile()
 
 if __name__ == "__main__" and __spec__ is not None: app()

@@ -28,7 +28,7 @@ def training_images(root: Path | str | None = None, # a local copy of CIFAR-10; 
     return halve(load_dataset("cifar10", "train", root), MEDIAN_HASHES["cifar10"])[1]
 
 # %% ../nbs/24_cifar10_prior.ipynb #b2c76987
-CIFAR10 = MiniPriorConfig(vae_channels=(48, 96), vae_batch=32, vae_steps=3000, unet_channels=(64, 128, 144), steps=16_000, warmup=500, cooldown=0.3, flip=0.5, snr_cap=1.0)
+CIFAR10 = MiniPriorConfig(vae_channels=(48, 96), vae_batch=32, vae_steps=3000, unet_channels=(64, 128, 144), steps=10_000, warmup=500, cooldown=0.3, flip=0.5, snr_cap=1.0)
 
 # %% ../nbs/24_cifar10_prior.ipynb #7151fb2f
 def extra_images(name: str, # "fashion-mnist", "cifar100" or "tiny-imagenet"

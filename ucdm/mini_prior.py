@@ -388,8 +388,9 @@ def save_prior(pipe: StableDiffusionPipeline, folder: Path, config: MiniPriorCon
                steps: int, # of the UNet, as many as were done
               ) -> Path: # folder
     "The pipeline in half precision, with a record of its training."
-    pipe.to(torch.float16).save_pretrained(folder, max_shard_size="15MB")
-    record = dict(config=asdict(config), dataset=images.name, n_images=len(images), classes=list(images.classes), images_sha256=images.fingerprint,
+    for part in (pipe.vae, pipe.text_encoder, pipe.unet): torch.nn.Module.half(part) # diffusers' own would warn that nothing needs float32
+    pipe.save_pretrained(folder, max_shard_size="15MB")
+    record = dict(config=asdict(config), dataset=images.name, n_images=len(images), classes=list(images.classes), images_of_class=list(images.counts().values()), images_sha256=images.fingerprint,
                   parameters={n: sum(p.numel() for p in getattr(pipe, n).parameters()) for n in ("vae", "text_encoder", "unet")},
                   vae_curve=vae_curve, unet_curve=unet_curve, steps=steps, seconds=round(spent[0]), cpu_seconds=round(spent[1]), device={'cpu': f'{os.cpu_count()} CPU cores'}.get(default_device(), default_device()),
                   versions={m: version(m) for m in ("torch", "diffusers", "transformers")})
@@ -399,12 +400,11 @@ def save_prior(pipe: StableDiffusionPipeline, folder: Path, config: MiniPriorCon
 # %% ../nbs/23_mini_prior.ipynb #ba445743
 def loss_figure(record: dict) -> plt.Figure: # record: content of training.json
     "Loss of the autoencoder and of the UNet over the optimiser steps."
-    fig, (a, b) = plt.subplots(1, 2, figsize=(8, 2.6))
+    fig, (a, b) = plt.subplots(1, 2, figsize=(8, 2.6), layout="constrained")
     a.semilogy([50 * (i + 1) for i in range(len(record["vae_curve"]))], record["vae_curve"], color="#0072B2"); a.set(title="autoencoder", xlabel="step", ylabel="loss")
     steps, training, validation = zip(*record["unet_curve"])
-    for y, label, c in ((training, "training", "#0072B2"), (validation, "validation", "#D55E00")): b.plot(steps, y, label=label, color=c)
+    for y, label, c in ((training, "training, weighted by level" if record["config"].get("snr_cap") else "training", "#0072B2"), (validation, "validation", "#D55E00")): b.plot(steps, y, label=label, color=c)
     b.set(title="UNet and text encoder", xlabel="step", ylabel=r"$\|\epsilon-\epsilon_\theta\|^2$", ylim=(0, 2 * validation[0])); b.legend(frameon=False)
-    fig.tight_layout()
     return fig
 
 
@@ -423,6 +423,12 @@ def _measures(numbers: dict) -> str:
     return "| measure | value |\n|---|---|\n" + "\n".join(f"| {k} | {v:.3g} |" for k, v in numbers.items())
 
 
+def _shares(record: dict) -> str:
+    counts = [n for n in record.get("images_of_class", [1] * len(record["classes"])) if n]
+    rare, common = (f"1/{sum(counts) / n:.0f}" for n in (min(counts), max(counts)))
+    return f"A class is {rare if rare == common else f'{rare} to {common}'} of this world: with about that probability, an erased class comes back."
+
+
 def write_card(folder: Path, # pipeline folder with training.json
                quality: dict | None = None, # results/pair_quality.json of a batch
                evaluation: dict | None = None, # what else was measured: name -> number
@@ -439,13 +445,12 @@ def write_card(folder: Path, # pipeline folder with training.json
         "images, sha256": f"`{record['images_sha256'][:16]}`", "parameters": ", ".join(f"{n} {v / 1e6:.2f} M" for n, v in record["parameters"].items()),
         "autoencoder": f"{c['vae_steps']:,} steps of {c['vae_batch']} images", "UNet and text encoder": f"{done:,} steps of {c['batch']} images ({done * c['batch']:,} seen)" + (f", stopped before the {c['steps']:,} of its recipe" if done < c["steps"] else ""),
         "captions": f"{len(c['templates'])} templates, {c['caption_noise']:.0%} taken from another image, {c['caption_drop']:.0%} empty", "latents": f"scaled to a standard deviation of {c['latent_std']}",
-        "final loss": f"training {record['unet_curve'][-1][1]:.4f}, validation {record['unet_curve'][-1][2]:.4f}", "time": f"{record['seconds'] / 60:.0f} minutes on {record['device']}" + (f" ({cpu / 60:.0f} CPU minutes)" if cpu and "CPU" in record["device"] else ""), "versions": ", ".join(f"{k} {v}" for k, v in record["versions"].items())}.items())
+        "final loss": f"training {record['unet_curve'][-1][1]:.4f}{' (weighted by level)' if record['config'].get('snr_cap') else ''}, validation {record['unet_curve'][-1][2]:.4f}", "time": f"{record['seconds'] / 60:.0f} minutes on {record['device']}" + (f" ({cpu / 60:.0f} CPU minutes)" if cpu and "CPU" in record["device"] else ""), "versions": ", ".join(f"{k} {v}" for k, v in record["versions"].items())}.items())
     goals = "\n".join(f"- {c['claim']} {'Reached' if c['holds'] else 'Missed'}: {c['evidence']}" for c in quality["checks"]) if quality else ""
     text = f"""# Mini prior: {record['dataset']}
 
 A small text-to-image diffusion pipeline (`diffusers.StableDiffusionPipeline`, half precision), trained by `{about.command}`.
-It stands in for Stable Diffusion where UCDM is to run in minutes. It knows {len(record['classes'])} classes in equal shares and nothing else of the world,
-so an erased class comes back with a probability of about 1/{len(record['classes'])}.
+It stands in for Stable Diffusion where UCDM is to run in minutes. It knows {len(record['classes'])} classes and nothing else of the world. {_shares(record)}
 
 | | |
 |---|---|

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['KINDS', 'CONCERNS', 'PRESETS', 'BATCH_LIMIT', 'MEMORY_SHARE', 'COMPILE_FROM', 'app', 'PairConfig', 'item_words',
            'item_noise', 'item_prompt', 'generate_batch', 'source_image', 'PeakMemory', 'free_memory', 'batch_memory',
-           'find_batch_size', 'Portions', 'evaluations', 'pair_stores', 'fill_stores', 'generate_pairs', 'main']
+           'find_batch_size', 'Portions', 'shard_seeds', 'evaluations', 'pair_stores', 'fill_stores', 'generate_pairs',
+           'main']
 
 # %% ../nbs/21_pairs.ipynb #56df9b01
 import os, warnings, weakref, zlib
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from math import ceil
+from math import ceil, gcd
 from pathlib import Path
 
 import numpy as np
@@ -192,9 +193,12 @@ def batch_memory(prior: Prior, n: int, config: PairConfig, kinds: Sequence[str] 
 def find_batch_size(prior: Prior, config: PairConfig = PairConfig(), kinds: Sequence[str] = KINDS,
                     memory: int | None = None, # bytes; None: MEMORY_SHARE of what is free on the prior's device
                    ) -> int: # a power of two
-    "How many pairs of a prior fit into memory at a time, at most BATCH_LIMIT."
+    "How many pairs of a prior fit into memory at a time, at least 1 and at most BATCH_LIMIT."
     if memory is None: memory = int(MEMORY_SHARE * free_memory(prior.device))
-    one, two = (batch_memory(prior, n, config, kinds) for n in (1, 2))
+    try: one, two = (batch_memory(prior, n, config, kinds) for n in (1, 2))
+    except Exception as e:
+        if not is_out_of_memory(e): raise
+        return 1 # whether that fits will be seen
     fit = min(1 + max(0, memory - one) // (two - one), BATCH_LIMIT.get(torch.device(prior.device).type, 64))
     return 1 << fit.bit_length() - 1
 
@@ -230,6 +234,13 @@ class Portions:
 # %% ../nbs/21_pairs.ipynb #dd95c23e
 COMPILE_FROM = 60_000 # network evaluations from which compiling pays
 
+def shard_seeds(batch_size: int, # pairs in a batch
+                n_classes: int) -> int:
+    "Seeds in a shard: at least 32, at least a batch's, and so many that their pairs fill whole batches."
+    whole = batch_size // gcd(batch_size, n_classes)
+    return ceil(max(32, batch_size // n_classes) / whole) * whole
+
+
 def evaluations(n_pairs: int, config: PairConfig, kinds: Sequence[str] = KINDS) -> int:
     "Network evaluations for `n_pairs` pairs. A step of a positive takes two; a step of a negative one down and, if it starts at the seed, one (or two, guided) up."
     up = 0 if config.negative_from == "noise" else 1 if config.inversion_guidance == 1 else 2
@@ -255,7 +266,7 @@ def fill_stores(stores: dict[str, PairStore], # kind -> store
                 classes: Sequence[str], # K class names
                 config: PairConfig,
                 batch_size: int | None = None, # pairs in a batch, of which the network sees three times as many on the way down; None: what fits into memory
-                shard_size: int | None = None, # seeds a shard; None: 32, or more if a batch is larger
+                shard_size: int | None = None, # seeds a shard; None: see `shard_seeds`
                 compile: bool | None = None, # None: from COMPILE_FROM evaluations
                 progress: bool = True) -> None:
     "Algorithm 1 for whatever the stores lack. RuntimeError if another process is at it, MemoryError if a single pair does not fit into memory."
@@ -282,7 +293,7 @@ def generate_pairs(prior: Prior,
                    store: Path | str | None = None, # folder to keep the pairs in; None keeps them in memory only
                    ids: Sequence[int] | None = None, # a number that stays with each image whatever set it is in; None takes its position
                    batch_size: int | None = None, # pairs in a batch; None: what fits into memory
-                   shard_size: int | None = None, # seeds a shard; None: 32, or more if a batch is larger
+                   shard_size: int | None = None, # seeds a shard; None: see `shard_seeds`
                    compile: bool | None = None, # None: from COMPILE_FROM evaluations
                    progress: bool = True) -> PairSet:
     "Algorithm 1 for all seeds and classes, resuming what `store` already holds. ValueError if there is nothing to do it with."
@@ -307,7 +318,7 @@ def _sizes(prior, config, K, batch_size, shard_size) -> tuple[int, int]:
     if batch_size is None:
         batch_size = find_batch_size(prior, config)
         if team(): batch_size = min(gather_object([batch_size]))
-    return batch_size, shard_size or max(32, batch_size // K)
+    return batch_size, shard_size or shard_seeds(batch_size, K)
 
 
 def _shards(prior, seeds, ids, classes, config, todo, batch_size, compile, progress, overlap=None) -> Iterator[tuple[list[int], dict[str, Tensor]]]:

@@ -4,26 +4,31 @@
 
 # %% auto #0
 __all__ = ['PAPER_TABLES', 'SOURCE', 'ROUNDING', 'SLIPS', 'METHOD_LABELS', 'METHOD_COLOURS', 'GROUP_COLOURS', 'DATASET_LABELS',
-           'METRIC_LABELS', 'paper_value', 'recomputed_balance', 'style', 'save_figure', 'save_data', 'label_ends',
-           'results_frame', 'spread', 'mean_interval', 'draw_interval', 'Comparison', 'measured_vs_paper',
-           'settings_note', 'Check', 'verdict', 'Conclusion', 'conclude']
+           'METRIC_LABELS', 'RULES', 'PLUS_MINUS', 'REFERENCES', 'paper_value', 'recomputed_balance', 'style',
+           'save_figure', 'save_data', 'label_ends', 'results_frame', 'spread', 'mean_interval', 'mean_text',
+           'draw_interval', 'Table', 'best_two', 'method_label', 'measured_vs_paper', 'settings_note', 'Check',
+           'verdict', 'Conclusion', 'conclude']
 
 # %% ../nbs/81_report.ipynb #3be4a7b6
-import base64, io, json, math, re, statistics
+import base64, io, json, math, re, statistics, zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from IPython.display import Markdown
 from matplotlib.collections import LineCollection
+from matplotlib.transforms import IdentityTransform
 
 from .files import write_atomic
 from .metrics import balance_score
 from .runs import RunResult, RunSpec, atomic_json, code_hash, get_method, mark_done, method_config, pair_config
+from .splits import class_split
 
 # %% ../nbs/81_report.ipynb #2a9f7664
 _TABLE_1 = """
@@ -250,35 +255,39 @@ def save_figure(fig, # a matplotlib figure
 
 
 def save_data(frame: pd.DataFrame, name: str, out: str | Path) -> str: # "tables/<name>.csv", relative to `out`
-    "Save a frame as CSV under `out`/tables."
+    "Save the data behind a figure as CSV under `out`/tables. What is read as a table is a `Table`, which has a `save` of its own."
     write_atomic(Path(out) / "tables" / f"{name}.csv", frame.to_csv(index=False))
     return f"tables/{name}.csv"
 
 # %% ../nbs/81_report.ipynb #d348a9b9
-def label_ends(ax, # finished axes: limits are read, not changed
+def label_ends(ax, # finished axes of a finished figure: limits are read, not changed
                ends: Sequence[tuple[float, float, str, str]], # x, y, text and colour of each label
                size: float = 7, # of the text, in points
                offset: float = 6, # to the right of the point, in points
+               at: float | None = None, # where all texts begin, on the x axis; None: each beside its point
               ) -> None:
-    "Write each text beside its point, moved up or down as far as needed to be read."
+    "Write each text beside its point, moved up or down as far as needed to be read, and not out of the axes if they are high enough."
+    from scipy.optimize import isotonic_regression
     ax.figure.canvas.draw()
     to_points = 72 / ax.figure.dpi
-    rows = sorted(((ax.transData.transform((x, y)) * to_points, text, colour, (x, y)) for x, y, text, colour in ends), key=lambda r: r[0][1])
-    heights = [r[0][1] for r in rows]
-    for _ in range(100): # push neighbours apart by half of what is missing, until all have room
-        moved = False
-        for i in range(1, len(heights)):
-            if (lack := 1.15 * size - (heights[i] - heights[i - 1])) > 0.01:
-                heights[i - 1], heights[i], moved = heights[i - 1] - lack / 2, heights[i] + lack / 2, True
-        if not moved: break
+    points = [(x if at is None else at, y) for x, y, *_ in ends]
+    rows = sorted(((ax.transData.transform(p) * to_points, text, colour, p) for p, (_, _, text, colour) in zip(points, ends)), key=lambda r: r[0][1])
+    if not rows: return
+    room = 1.15 * size * np.arange(len(rows)) # the nearest heights that are so far apart: without it, they only must not fall
+    low, high = ax.bbox.get_points()[:, 1] * to_points - (0, room[-1])
+    heights = isotonic_regression([r[0][1] for r in rows] - room).x.clip(min(low, (low + high) / 2), max(high, (low + high) / 2)) + room
     for (place, text, colour, point), height in zip(rows, heights):
         ax.annotate(text, point, xytext=(offset, height - place[1]), textcoords="offset points", fontsize=size, va="center", color=colour, annotation_clip=False)
 
 # %% ../nbs/81_report.ipynb #1733dcd1
-def results_frame(results: Iterable[RunResult]) -> pd.DataFrame: # method, dataset, class_split, mismatch, seed, hash, metric, value
+RULES = {"running+msp": "confidence", "running+energy": "energy"} # way of testing -> rule by which a closed-set method says "other"
+
+def results_frame(results: Iterable[RunResult],
+                  way: str | None = None, # a key of `RULES`: only runs that were tested so, as method "method+rule"
+                 ) -> pd.DataFrame: # method, dataset, class_split, mismatch, seed, hash, metric, value
     "The metrics of runs, tidy."
-    rows = [dict(method=r.spec.method, dataset=r.spec.dataset, class_split=r.spec.class_split, mismatch=r.spec.mismatch, seed=r.spec.seed, hash=r.hash, metric=k, value=v)
-            for r in results for k, v in r.metrics.items()]
+    rows = [dict(method=r.spec.method + (f"+{RULES[way]}" if way else ""), dataset=r.spec.dataset, class_split=r.spec.class_split, mismatch=r.spec.mismatch, seed=r.spec.seed, hash=r.hash, metric=k, value=v)
+            for r in results for k, v in (r.protocols.get(way, {}) if way else r.metrics).items()]
     return pd.DataFrame(rows, columns=["method", "dataset", "class_split", "mismatch", "seed", "hash", "metric", "value"])
 
 
@@ -288,7 +297,9 @@ def spread(values: Sequence[float]) -> tuple[float, float, int]: # mean, sample 
     return (statistics.fmean(values) if values else math.nan, statistics.stdev(values) if len(values) > 1 else math.nan, len(values))
 
 # %% ../nbs/81_report.ipynb #0e9eb5e8
-def mean_interval(values: Sequence[float], # of runs that differ in their seed
+PLUS_MINUS = "mean ± half of its 95 % confidence interval (Student's t)"
+
+def mean_interval(values: Sequence[float], # of runs that differ in their seed, or of images
                   level: float = 0.95) -> tuple[float, float]: # its ends; nan, nan for fewer than two values
     "Confidence interval of the mean by Student's t, as if the values were drawn from a normal distribution."
     from scipy.stats import t
@@ -298,124 +309,195 @@ def mean_interval(values: Sequence[float], # of runs that differ in their seed
     return mean - half, mean + half
 
 
-def draw_interval(ax, values: Sequence[float], # of runs that differ in their seed
+def mean_text(values: Sequence[float], form: str = ".1f", form_half: str | None = None) -> str:
+    "A cell of a table, as `PLUS_MINUS` says; one value stands alone, and – where there is none."
+    mean, high = spread(values)[0], mean_interval(values)[1]
+    if math.isnan(mean): return "–"
+    return f"{mean:{form}}" + ("" if math.isnan(high) else f" ± {high - mean:{form_half or form}}")
+
+
+class _Bar(LineCollection):
+    "One line, cut where the axes end when it is drawn; an arrow head there says that it goes on."
+    def __init__(self, ends, **kwargs):
+        super().__init__([], transform=IdentityTransform(), **kwargs)
+        self.ends = ends
+
+    def draw(self, renderer):
+        ends = self.axes.transData.transform(self.ends)
+        cut = ends.clip(*self.axes.bbox.get_points())
+        size = 2.5 * self.figure.dpi / 72
+        lines = [cut]
+        for point, end, other in zip(cut, ends, cut[::-1]):
+            if abs(end - point).max() < 1 or (point == other).all(): continue # not cut here, or nothing of it is inside
+            back = [size * ((o > p) - float(o < p)) for o, p in zip(other, point)] # towards the other end
+            across = [size * 0.8 * (b == 0) for b in back]
+            lines.append([(point[0] + back[0] + across[0], point[1] + back[1] + across[1]), point, (point[0] + back[0] - across[0], point[1] + back[1] - across[1])])
+        self.set_segments(lines)
+        super().draw(renderer)
+
+
+def draw_interval(ax, values: Sequence[float], # of runs that differ in their seed, or of images
                   at: float, # position on the other axis
-                  colour: str = "#555555", vertical: bool = False) -> None:
-    "A thin bar: the 95 % confidence interval of the mean. The axes stay as wide as they are, and the bar ends where they do."
+                  colour: str = "#555555", vertical: bool = False, alpha: float = 1.0) -> None:
+    "A thin bar: the 95 % confidence interval of the mean. The axes stay as wide as they are; a bar that is longer is cut there and ends in an arrow head."
     low, high = mean_interval(values)
     if math.isnan(low): return
-    ends = [(at, low), (at, high)] if vertical else [(low, at), (high, at)]
-    ax.add_collection(LineCollection([ends], colors=[colour], linewidths=0.9, zorder=1.5), autolim=False)
+    ax.add_collection(_Bar([(at, low), (at, high)] if vertical else [(low, at), (high, at)], colors=[colour], linewidths=0.9, zorder=1.5, alpha=alpha), autolim=False)
 
-# %% ../nbs/81_report.ipynb #1b47f54f
+# %% ../nbs/81_report.ipynb #a090decf
+_TEX = {"±": r"$\pm$", "–": "--", "³": r"$^3$", "†": r"$\dagger$", "‡": r"$\ddagger$"}
+_HTML = dict(best="font-weight: bold", second="text-decoration: underline")
+
 @dataclass(repr=False)
-class Comparison:
-    "A table: measured rows, then quoted rows."
-    frame: pd.DataFrame  # tidy: source, method, dataset, group, sub, metric, mean, std, low and high (95 % confidence interval of the mean), n, mark, note; in the order of display
+class Table:
+    "What is read, and the numbers behind it."
+    frame: pd.DataFrame # tidy, all digits: the CSV
+    cells: pd.DataFrame # what is printed; a row has a name, or a block and a name; a heading has one or two parts
     caption: str
+    marks: pd.DataFrame | None = None # like `cells`: "best", "second" or ""
+    prose: bool = False # cells are text, not numbers
 
-    def _wide(self, column) -> pd.DataFrame:
-        f = self.frame
-        wide = f.pivot(index=["block", "method"], columns=["group", "sub"], values=column)
-        rows = list(dict.fromkeys(zip(f.block, f.method)))
-        return wide.reindex(index=pd.MultiIndex.from_tuples(rows), columns=pd.MultiIndex.from_tuples(list(dict.fromkeys(zip(f.group, f["sub"])))))
+    def __post_init__(self):
+        self.cells = self.cells.astype(str).rename_axis(index=[None] * self.cells.index.nlevels, columns=[None] * self.cells.columns.nlevels)
+        if self.marks is not None: self.marks = self.marks.set_axis(self.cells.index).set_axis(self.cells.columns, axis=1)
 
-    def cells(self) -> pd.DataFrame: # strings
-        "What is printed in each cell: mean ± sample standard deviation, or – where there is nothing."
-        def text(mean, std): return "–" if pd.isna(mean) else f"{mean:.1f}" + ("" if pd.isna(std) else f" ± {std:.1f}")
-        mean, std = self._wide("mean"), self._wide("std")
-        out = pd.DataFrame([[text(*pair) for pair in zip(*row)] for row in zip(mean.to_numpy(), std.to_numpy())], mean.index, mean.columns)
-        out.index = out.index.set_levels([METHOD_LABELS.get(m, m) for m in out.index.levels[1]], level=1)
-        return out
+    def _marked(self, styler, css): # mark -> CSS, or LaTeX command
+        if self.marks is None: return styler
+        return styler.apply(lambda _: self.marks.map(lambda m: css.get(m, "")), axis=None)
 
     def styled(self): # pandas Styler
         "The table with best in bold and second best underlined."
-        cells = self.cells()
-        css = self._wide("mark").set_axis(cells.index).replace({"best": "font-weight: bold", "second": "text-decoration: underline", "": None})
-        shown = cells.style.apply(lambda _: css.where(css.notna(), ""), axis=None).set_caption(self.caption).set_uuid("comparison")
-        return shown.set_table_styles([dict(selector="caption", props="text-align: left; caption-side: top; padding-bottom: 0.5em"), dict(selector="th.col_heading", props="text-align: center"), dict(selector="td, th", props="padding: 0.15em 0.7em; white-space: nowrap")])
+        shown = self._marked(self.cells.style, _HTML).set_caption(self.caption).set_uuid(f"{zlib.crc32((self.caption + self.cells.to_csv()).encode()):08x}")
+        return shown.set_table_styles([dict(selector="caption", props="text-align: left; caption-side: top; padding-bottom: 0.5em"), dict(selector="th.col_heading", props="text-align: " + ("left" if self.prose else "center")),
+                                       dict(selector="td, th", props="padding: 0.15em 0.7em; " + ("text-align: left" if self.prose else "white-space: nowrap"))])
 
     def _repr_html_(self): return self.styled().to_html()
-    def __repr__(self): return f"{self.caption}\n{self.cells().to_string()}"
+    def __repr__(self): return f"{self.caption}\n{self.cells.to_string()}"
 
     def to_markdown(self) -> str:
         "For a README."
-        cells, marks = self.cells(), self._wide("mark")
-        heads = [f"{g} {s}".strip() for g, s in cells.columns]
-        lines = [f"{self.caption}", "", "| | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
-        for block in dict.fromkeys(cells.index.get_level_values(0)):
-            lines.append(f"| *{block}* |" + " |" * len(heads))
-            for label, texts, ms in zip(cells.loc[block].index, cells.loc[block].to_numpy(), marks.loc[block].to_numpy()):
-                lines.append(f"| {label} | " + " | ".join({"best": f"**{t}**", "second": f"<u>{t}</u>"}.get(m, t) for t, m in zip(texts, ms)) + " |")
+        heads = [" ".join(map(str, h)).strip() if isinstance(h, tuple) else str(h) for h in self.cells.columns]
+        lines = [self.caption, "", "| | " + " | ".join(heads) + " |", "|---|" + ("---|" if self.prose else "---:|") * len(heads)]
+        marks, last = (self.marks if self.marks is not None else self.cells.map(lambda _: "")).to_numpy(), None
+        for label, texts, ms in zip(self.cells.index, self.cells.to_numpy(), marks):
+            if isinstance(label, tuple):
+                if label[0] != last: lines.append(f"| *{label[0]}* |" + " |" * len(heads))
+                last, label = label
+            lines.append(f"| {label} | " + " | ".join({"best": f"**{t}**", "second": f"<u>{t}</u>"}.get(m, t) for t, m in zip(texts, ms)) + " |")
         return "\n".join(lines) + "\n"
 
     def to_latex(self) -> str:
         "For a paper (needs booktabs and multirow)."
-        cells = self.cells()
-        marks = self._wide("mark").set_axis(cells.index).replace({"best": "textbf:--rwrap", "second": "underline:--rwrap", "": None})
-        shown = cells.style.format(escape="latex").format_index(escape="latex", axis=0).format_index(escape="latex", axis=1).apply(lambda _: marks.where(marks.notna(), ""), axis=None)
-        return shown.to_latex(hrules=True, multicol_align="c", caption=self.caption.replace("%", r"\%")).replace("±", r"$\pm$").replace("–", "--").replace("³", r"$^3$")
+        shown = self.cells.style.format(escape="latex").format_index(escape="latex", axis=0).format_index(escape="latex", axis=1)
+        longest = self.cells.map(len).max().clip(6, 60)
+        columns = "l" * self.cells.index.nlevels + ("".join(rf"p{{{0.75 * n / longest.sum():.2f}\linewidth}}" for n in longest) if self.prose else "r" * len(longest))
+        text = self._marked(shown, dict(best="textbf:--rwrap", second="underline:--rwrap")).to_latex(hrules=True, multicol_align="c", column_format=columns, caption=re.sub(r"([%&_#])", r"\\\1", self.caption))
+        return re.sub("|".join(_TEX), lambda m: _TEX[m[0]], text)
 
     def save(self, name: str, out: str | Path) -> list[str]: # paths relative to `out`
-        "Write `out`/tables/name.csv (tidy, all digits), .md and .tex."
+        "Write `out`/tables/name.csv, .md and .tex."
         for suffix, text in dict(csv=self.frame.to_csv(index=False), md=self.to_markdown(), tex=self.to_latex()).items():
             write_atomic(Path(out) / "tables" / f"{name}.{suffix}", text)
         return [f"tables/{name}.{suffix}" for suffix in ("csv", "md", "tex")]
 
 
-def _marks(frame: pd.DataFrame) -> pd.Series:
-    "Best and second best among rows of the same column; nothing where there is only one row."
-    def rank(means):
-        levels = sorted(means.round(1).dropna().unique(), reverse=True)
-        return means.round(1).map(lambda v: "" if len(means.dropna()) < 2 else "best" if v == levels[0] else "second" if len(levels) > 1 and v == levels[1] else "")
-    return frame.groupby(["group", "sub"], sort=False)["mean"].transform(rank)
+def best_two(means: pd.Series) -> pd.Series: # "best", "second" or ""
+    "What is best and second best among the rows of a column, as printed; nothing where there is only one row."
+    shown = means.round(1)
+    levels = sorted(shown.dropna().unique(), reverse=True)
+    return shown.map(lambda v: "" if shown.count() < 2 else "best" if v == levels[0] else "second" if v == levels[min(1, len(levels) - 1)] else "")
+
+# %% ../nbs/81_report.ipynb #c13d0849
+REFERENCES = ("supervised", "supervised_all") # floor and ceiling
+
+def method_label(method: str) -> str: # "fixmatch+energy" -> "FixMatch + energy"
+    "The name of a method, or of a method with a rule, on paper."
+    name, *rule = method.split("+")
+    return " + ".join([METHOD_LABELS.get(name, name), *rule])
 
 
 def measured_vs_paper(results: Iterable[RunResult], # what was measured
                       table: int = 2, # what is quoted
                       metrics: Sequence[str] = ("known", "unknown", "new", "balance"),
                       by: str = "mismatch", # what makes the columns: "mismatch" or "class_split"
-                     ) -> Comparison:
-    """Measured rows (mean and sample standard deviation over seeds) above the paper's rows for the same columns.
+                     ) -> Table: # its frame: source, block, method, dataset, group, sub, metric, mean, std, low and high (ends of the interval), n, mark, note
+    """Measured rows (means with 95 % confidence intervals) above the paper's rows for the same columns.
 
     A data set that the quoted table does not have stands beside the paper's CIFAR-10 (or the table's only data set); the blocks' titles say so. TypeError for anything that is not a `RunResult`.
     """
     results = list(results)
     if odd := [r for r in results if not isinstance(r, RunResult)]: raise TypeError(f"measured rows are made from RunResults only, got {type(odd[0]).__name__}.")
     if not results: raise ValueError("there are no results to lay out.")
-    measured, quoted = results_frame(results), PAPER_TABLES[PAPER_TABLES.table == table]
-    quoted = quoted[quoted.metric.isin(metrics)]
+    quoted = PAPER_TABLES[(PAPER_TABLES.table == table) & PAPER_TABLES.metric.isin(metrics)]
     if quoted.empty: raise KeyError(f"Table {table} has no {', '.join(metrics)}.")
+    measured = results_frame(results)
     several = measured.dataset.nunique() > 1
     def place(dataset, value, metric):
         column = f"{value:.0%}" if by == "mismatch" else value
         if len(metrics) == 1: return DATASET_LABELS.get(dataset, dataset), column
         return (f"{DATASET_LABELS.get(dataset, dataset)} {column}" if several else column), METRIC_LABELS[metric]
-    rows, has = [], set(quoted.dataset)
     keys = list(dict.fromkeys(zip(measured.dataset, measured[by])))
     keys = [k for d in dict.fromkeys(d for d, _ in keys) for k in (sorted if by == "mismatch" else list)(k for k in keys if k[0] == d)]
     names = ", ".join(dict.fromkeys(DATASET_LABELS.get(d, d) for d, _ in keys))
-    for method in dict.fromkeys(measured.method):
-        for dataset, value in keys:
-            for metric in metrics:
-                at = measured[(measured.method == method) & (measured.dataset == dataset) & (measured[by] == value) & (measured.metric == metric)]
-                mean, std, n = spread(at.value.tolist())
-                rows.append(("measured", f"measured here, {names}", method, dataset, *place(dataset, value, metric), metric, mean, std, *mean_interval(at.value.tolist()), n, "", ""))
+
+    known = {(r.spec.dataset, getattr(r.spec, by)): len(class_split(r.spec.dataset, r.spec.class_split).known) for r in results}
+    needs = {m: get_method(m).least_known for m in quoted.method.unique() if m in METHOD_LABELS}
+    methods, order = list(dict.fromkeys(measured.method)), list(METHOD_LABELS)
+    for m in needs:
+        if m not in methods and all(k < needs[m] for k in known.values()): # in the order of the labels
+            methods.insert(next((i for i, other in enumerate(methods) if other in order[order.index(m):]), len(methods)), m)
+
+    rows = []
+    def add(source, block, method, dataset, key, metric, values, n=None, mark="", note=""):
+        mean, std, count = spread(values)
+        rows.append((source, block, method, dataset, *place(*key, metric), metric, mean, std, *mean_interval(values), count if n is None else n, mark, note))
+    ruled = pd.concat([results_frame(results, way) for way in RULES]) if set(metrics) - {"closed"} else measured[:0]
+    with_rule = [f"{m}+{rule}" for m in methods for rule in RULES.values() if f"{m}+{rule}" in set(ruled.method)]
+    for block, pool, which in ((f"measured here, {names}", measured, methods), (f'closed-set methods with a rule for "other", {names}', ruled, with_rule)):
+        for method in which:
+            for key in keys:
+                for metric in metrics:
+                    at = pool[(pool.method == method) & (pool.dataset == key[0]) & (pool[by] == key[1]) & (pool.metric == metric)]
+                    least = needs.get(method.split("+")[0], 0)
+                    add("measured", block, method, key[0], key, metric, at.value.tolist(), note=f"needs at least {least} known classes" if at.empty and known[key] < least else "")
+    has = set(quoted.dataset)
     beside = {d: d if d in has else "cifar10" if "cifar10" in has else sorted(has)[0] for d, _ in keys}
     title = f"Table {table} of the paper, {', '.join(dict.fromkeys(DATASET_LABELS.get(beside[d], d) for d, _ in keys))}"
     for method in quoted.method.unique():
-        for dataset, value in keys:
+        for key in keys:
             for metric in metrics:
-                at = quoted[(quoted.method == method) & (quoted.dataset == beside[dataset]) & (quoted[by] == value) & (quoted.metric == metric)]
-                usable = len(at) == 1 and at.note.item() != "unusable"
-                rows.append(("paper", title, method, beside[dataset], *place(dataset, value, metric), metric, at.value.item() if usable else math.nan, math.nan, math.nan, math.nan, 3 if usable and at.value.notna().item() else 0,
-                             at["mark"].item() if usable else "", at.note.item() if len(at) == 1 else "not in the paper"))
+                at = quoted[(quoted.method == method) & (quoted.dataset == beside[key[0]]) & (quoted[by] == key[1]) & (quoted.metric == metric)]
+                printed = at.value.dropna().tolist() if len(at) == 1 else []
+                note = at.note.item() if len(at) == 1 else "not in the paper"
+                add("paper", title, method, beside[key[0]], key, metric, printed, 3 * len(printed), at["mark"].item() if printed and note != "unusable" else "", note)
     frame = pd.DataFrame(rows, columns=["source", "block", "method", "dataset", "group", "sub", "metric", "mean", "std", "low", "high", "n", "mark", "note"])
-    mine = frame.source == "measured"
-    frame.loc[mine, "mark"] = _marks(frame[mine])
-    counts = sorted({int(n) for n in frame[mine].n if n})
+
+    tested = {(r.spec.method, r.spec.dataset, getattr(r.spec, by)): json.dumps(r.seeds.get("test")) for r in results}
+    usual = {key: Counter(t for (_, *k), t in tested.items() if tuple(k) == key).most_common(1)[0][0] for key in keys}
+    other_size = [m for m in methods if any(tested.get((m, *key), usual[key]) != usual[key] for key in keys)]
+    unranked = [m for m in methods if m in REFERENCES or m in other_size]
+    comparable = (frame.source == "measured") & frame.method.isin(methods) & ~frame.method.isin(unranked)
+    frame.loc[comparable, "mark"] = frame[comparable].groupby(["group", "sub"], sort=False)["mean"].transform(best_two)
+
+    def text(r): return ("–" if math.isnan(r["mean"]) else f"{r['mean']:.1f}") + ("" if math.isnan(r.high) else f" ± {r.high - r['mean']:.1f}") + ("‡" if r.note.startswith("needs") else "†" if r.note == "unusable" else "")
+    cells, marks = (_wide(f, "shown") for f in (frame.assign(shown=frame.apply(text, axis=1)), frame.assign(shown=frame["mark"])))
+    counts = sorted({int(n) for n in frame[frame.source == "measured"].n if n})
     runs = f"{counts[0]} run" + ("s" if counts[0] > 1 else "") if len(counts) == 1 else f"{counts[0]} to {counts[-1]} runs" if counts else "no finished run"
-    return Comparison(frame, f"In percent. Measured: mean ± sample standard deviation of {runs}. Paper: means of three runs, bold and underlined as printed.")
+    said = [f"In percent. Measured: {PLUS_MINUS}, {runs}. Paper: means of three runs, bold and underlined as printed."]
+    if unranked:
+        sizes = {m: "; ".join(dict.fromkeys(", ".join(f"{n:,} {g}" for g, n in r.seeds["test"].items()) for r in results if r.spec.method == m and "test" in r.seeds)) for m in other_size}
+        why = [f"{method_label(m)} ({'floor' if m == 'supervised' else 'ceiling'})" if m in REFERENCES else f"{method_label(m)} (tested on other numbers of images: {sizes[m]})" for m in unranked]
+        said.append(f"Not ranked: {'; '.join(why)}.")
+    if with_rule: said.append('Rows with a rule are not ranked: a closed-set method says "other" below a threshold on the confidence or energy of its answer, which its unlabelled training images set.')
+    said += [f"‡ {method_label(m)} needs at least {needs[m]} known classes." for m in methods if ((frame.method == m) & frame.note.str.startswith("needs")).any()]
+    if (frame.note == "unusable").any(): said.append("† As printed, but unusable: " + " ".join(f"{method_label(s.method)}, {s.where}: {s.what}" for s in SLIPS[(SLIPS.table == table) & (SLIPS.use == "unusable")].itertuples()))
+    return Table(frame, cells, " ".join(said), marks)
+
+
+def _wide(frame, column): # a row a block and method, in the order of `frame`
+    wide = frame.pivot(index=["block", "method"], columns=["group", "sub"], values=column)
+    rows, columns = (list(dict.fromkeys(zip(frame[a], frame[b]))) for a, b in (("block", "method"), ("group", "sub")))
+    return wide.reindex(index=pd.MultiIndex.from_tuples(rows), columns=pd.MultiIndex.from_tuples(columns)).set_axis(pd.MultiIndex.from_tuples([(b, method_label(m)) for b, m in rows]))
 
 # %% ../nbs/81_report.ipynb #b339bfb2
 def _changed(spec: RunSpec) -> dict[str, tuple]: # field -> value here, default
@@ -431,7 +513,12 @@ def settings_note(results: Iterable[RunResult],
     "How the measured runs differ from the paper's settings (Tables 16 and 17): a paragraph on UCDM, one on the compared methods, one on what was left out."
     results, label = list(results), lambda m: METHOD_LABELS.get(m, m)
     of = {m: [r for r in results if r.spec.method == m] for m in dict.fromkeys(r.spec.method for r in results)}
-    changed = {m: _changed(rs[0].spec) for m, rs in of.items()}
+    def over(rs): # setting -> what its runs have, the default; image passes that differ from problem to problem stand in `passes_note`
+        each = [_changed(r.spec) for r in rs]
+        default = {k: then for e in each for k, (_, then) in e.items()}
+        seen = {k: dict.fromkeys(str(e[k][0] if k in e else then) for e in each) for k, then in default.items()}
+        return {k: (" or ".join(vs), default[k]) for k, vs in seen.items() if k != "image_passes" or len(vs) == 1}
+    changed = {m: over(rs) for m, rs in of.items()}
     def counts(rs, key):
         sizes = sorted({r.seeds.get(key, 0) for r in rs})
         return f"{sizes[0]:,}" + (f" to {sizes[-1]:,}" if len(sizes) > 1 else "")
@@ -495,7 +582,7 @@ def conclude(name: str, # of the notebook
              out: str | Path, # folder of the batch
              numbers: dict[str, float | str] = {}, # the few key numbers, with units in their names
              figures: Sequence[str] = (), # as `save_figure` returned them
-             tables: Sequence[str] = (), # as `Comparison.save` returned them
+             tables: Sequence[str] = (), # as `Table.save` returned them
              results: Sequence[RunResult] = (), # the runs that went in
             ) -> Conclusion:
     """Write what was found to `out`/results/`name`.json, copies of the runs to `out`/results/runs, and mark the notebook as done. The last cell of every experiment notebook calls it.

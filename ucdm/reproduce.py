@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TYPES', 'WORDS', 'PROFILE_KEYS', 'JOB_KEYS', 'QUIET', 'INDEX', 'PAGE', 'app', 'Parameter', 'read_parameters',
            'check_parameters', 'Experiment', 'read_experiment', 'find_experiments', 'chosen', 'Job', 'load_profile',
-           'plan', 'execute', 'kill_tree', 'tidy', 'can_fork', 'shared_imports', 'ForkedKernel', 'Starter', 'thumbnail',
-           'notebook_html', 'write_summary', 'Outcome', 'Batch', 'first_lines', 'main', 'use_engine', 'show_plan',
-           'show_list']
+           'plan', 'with_values', 'execute', 'kill_tree', 'tidy', 'can_fork', 'shared_imports', 'ForkedKernel',
+           'Starter', 'thumbnail', 'notebook_html', 'write_summary', 'Outcome', 'Batch', 'first_lines', 'main',
+           'use_engine', 'show_plan', 'show_list']
 
 # %% ../nbs/82_reproduce.ipynb #def18870
 import ast, base64, fcntl, functools, hashlib, importlib, io, json, math, multiprocessing, os, re, shutil, signal, socket, subprocess, sys, tempfile, threading, time, tokenize, traceback
@@ -200,6 +200,23 @@ def plan(experiments: dict[str, Experiment], # what can be run
         jobs.append(Job(experiment, values, key, float(entry.get("seconds", 60)), 60 * float(entry.get("limit_minutes", profile.get("limit_minutes", 60))), bool(entry.get("on_request"))))
     if problems: raise ValueError("the profile does not fit the notebooks:\n" + "\n".join(f"  {p}" for p in problems))
     return jobs
+
+# %% ../nbs/82_reproduce.ipynb #06b3ba84
+def with_values(profile: dict, # as `load_profile` gives it
+                picked: Mapping[str, Experiment], # the notebooks that are to run
+                values: Sequence[str], # NAME=VALUE, with the value in YAML
+               ) -> dict: # the same with these values in place of its own
+    "Change parameters of the notebooks that are to run. ValueError if none of them has one of the name, or if the value is no YAML."
+    entries, known = {n: dict(e or {}) for n, e in (profile.get("notebooks") or {}).items()}, {p for e in picked.values() for p in e.parameters}
+    for text in values:
+        name, given, value = text.partition("=")
+        if not given: raise ValueError(f"--set {text}: write it as NAME=VALUE, for instance --set seeds=[0].")
+        if name not in known: raise ValueError(f"--set {text}: {nearest(name, known, 'parameter')}")
+        try: value = yaml.safe_load(value)
+        except yaml.YAMLError: raise ValueError(f"--set {text}: the value is not YAML. Numbers, words, [lists], {{mappings: 1}} and null are.") from None
+        for n, experiment in picked.items():
+            if name in experiment.parameters: entries[n] = (entry := entries.get(n, {})) | dict(parameters=(entry.get("parameters") or {}) | {name: value})
+    return profile | dict(notebooks=entries)
 
 # %% ../nbs/82_reproduce.ipynb #e0743100
 def execute(source: str, # notebook
@@ -450,10 +467,10 @@ def write_summary(batch: "Batch") -> Path:
     out, before = batch.out, {}
     try: before = json.loads((out / "results" / "batch.json").read_text())
     except (OSError, ValueError): pass
-    kept = before.pop("jobs", {})
+    kept, sittings = before.pop("jobs", {}), before.pop("sittings", [])
     for job in batch.jobs:
         if (o := batch.outcomes.get(job.name)) is None: continue
-        entry = dict(status="done" if o.status == "kept" else o.status, seconds=round(o.seconds, 1) if o.status != "kept" else kept.get(job.name, {}).get("seconds"), error=o.error, traceback="\n".join(first_lines(o.traceback)),
+        entry = dict(status="done" if o.status == "kept" else o.status, seconds=round(o.seconds, 1) if o.status != "kept" else kept.get(job.name, {}).get("seconds"), error=o.error, traceback="\n".join(first_lines(o.traceback)), sittings=_sittings(o, kept.get(job.name, {}), batch.sitting),
                      title=job.experiment.title, claim=job.experiment.claim, parameters={p.name: job.parameters.get(p.name, p.default) for p in job.experiment.parameters.values()})
         executed = batch.notebook(job)
         if o.status in ("done", "failed", "timed out") and executed.exists() and not _newer(executed.with_suffix(".html"), executed):
@@ -466,13 +483,23 @@ def write_summary(batch: "Batch") -> Path:
     items.sort(key=lambda i: ({"table": 0, "figure": 1}.get(i["name"].split("_")[0], 2), i["name"]))
     batch.facts = batch.facts or (before if before and not batch.outcomes else _facts())
     where = batch.facts
-    atomic_json(out / "results" / "batch.json", where | dict(profile=batch.profile, jobs=kept))
+    mine = dict(started=batch.sitting, seconds=round(time.monotonic() - batch.began, 1), notebooks=sum(o.status in ("done", "failed", "timed out") for o in batch.outcomes.values()), at_once=batch.workers, commit=where["commit"], dirty=where["dirty"])
+    counted = {s for entry in kept.values() for s in entry.get("sittings", [])}
+    sittings = [s for s in [*(s for s in sittings if s["started"] != batch.sitting), mine] if s["started"] in counted]
+    wall = human_time(sum(s["seconds"] for s in sittings)) + (f" in {len(sittings)} sittings" if len(sittings) > 1 else "")
+    atomic_json(out / "results" / "batch.json", where | dict(profile=batch.profile, sittings=sittings, jobs=kept))
     count = lambda badge: sum(i["badge"] == badge and i["status"] == "done" for i in items)
-    facts = {"claims": f"{count('holds')} hold, {count('partly')} hold partly, {count('no')} do not", "commit": (where["commit"] or "none")[:10] + (" with changes" if where["dirty"] else "" if where["dirty"] is False or not where["commit"] else ", changes not known"), "device": where["device"], "torch": where["packages"]["torch"], "finished": where["started"][:10], "time": human_time(sum(j.get("seconds") or 0 for j in kept.values()))}
+    facts = {"claims": f"{count('holds')} hold, {count('partly')} hold partly, {count('no')} do not", "commit": (where["commit"] or "none")[:10] + (" with changes" if where["dirty"] else "" if where["dirty"] is False or not where["commit"] else ", changes not known"), "device": where["device"], "torch": where["packages"]["torch"], "finished": where["started"][:10]} | ({"time": wall} if sittings else {}) | {"sum over notebooks": human_time(sum(j.get("seconds") or 0 for j in kept.values()))}
     return write_atomic(out / "index.html", INDEX.render(profile=batch.profile, description=batch.description, items=items, done=sum(i["status"] == "done" for i in items), facts=facts))
 
 
 def _newer(made: Path, source: Path) -> bool: return made.exists() and made.stat().st_mtime_ns > source.stat().st_mtime_ns
+
+
+def _sittings(outcome: "Outcome", before: dict, now: str) -> list[str]:
+    "The sittings that a notebook's result took: this one, and those before it that did not finish it."
+    took = before.get("sittings", [])
+    return took if not outcome.seconds or now in took else [*(took if before.get("status") != "done" else []), now]
 
 
 def _facts() -> dict:
@@ -512,7 +539,7 @@ class Batch:
         self.profile, self.jobs, self.out, self.workers, self.echo, self.description = profile, list(jobs), Path(out), workers, echo, description
         self.outcomes: dict[str, Outcome] = {}
         self.facts: dict = {} # about the machine and the code, for the page
-        self.stop, self.began = threading.Event(), time.monotonic()
+        self.stop, self.began, self.sitting = threading.Event(), time.monotonic(), datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         for part in ("notebooks", "figures", "tables", "results", "logs", "cache/done"): (self.out / part).mkdir(parents=True, exist_ok=True)
         for part in ("cache", "logs"): (self.out / part / ".gitignore").write_text("*\n")
 
@@ -688,6 +715,8 @@ _EXAMPLES = """**Examples**
 
 `ucdm-reproduce --only table_02 figure_11` — two items (the beginning of a name is enough)
 
+`ucdm-reproduce --profile standard --only table_02 --set mismatches=[0.6] --set seeds=[0]` — a part of a table first
+
 `ucdm-reproduce --profile paper --only table_02 --out /data/ucdm` — the paper's settings, elsewhere
 
 `ucdm-reproduce --profile paper --plan --rate 500` — what the paper's settings would cost on a card that does 500 UNet evaluations a second
@@ -701,6 +730,7 @@ _EXAMPLES = """**Examples**
 def main(more: list[str] = typer.Argument(None, help="Further names for --only.", metavar="[NAME]...", show_default=False),
          profile: str = typer.Option("quick", "--profile", "-p", help="Which YAML file of nbs/experiments/profiles to use."),
          only: list[str] = typer.Option(None, "--only", "-o", help="Run only these notebooks. The beginning of a name is enough: table_02.", show_default=False),
+         values: list[str] = typer.Option(None, "--set", "-s", metavar="NAME=VALUE", help="Give the notebooks another value for a parameter than the profile does: --set seeds=[0]. May be repeated.", show_default=False),
          jobs: int = typer.Option(1, "--jobs", "-j", min=1, help="Notebooks to run at the same time; they share the processor's cores. Leave it at 1 with one GPU."),
          resume: bool = typer.Option(True, "--resume/--fresh", help="Skip what is done and go on with what is not; or compute everything again (with --only: those notebooks and their runs; generated pairs stay)."),
          listing: bool = typer.Option(False, "--list", "-l", help="Show the notebooks, their parameters in this profile, and what is done; run nothing."),
@@ -720,8 +750,8 @@ def main(more: list[str] = typer.Argument(None, help="Further names for --only."
         home = next(iter(experiments.values())).path.resolve().parent
         out = out or home.parent.parent / "outputs" / profile
         content = load_profile(profile, home / "profiles")
-        everything = plan(experiments, content, os.path.relpath(out.resolve(), home))
         picked = chosen(experiments, [*(only or []), *(more or [])])
+        everything = plan(experiments, with_values(content, picked, values or []), os.path.relpath(out.resolve(), home))
         picked = [j for j in everything if j.name in picked and (only or listing or not j.on_request)]
         if planning: show_plan(profile, picked, out / "cache", rate, training_rate); return
         if engine not in ENGINES: raise ValueError(nearest(engine, ENGINES, "engine"))

@@ -9,7 +9,8 @@ __all__ = ['METHODS', 'RESULT_VERSION', 'SPEED_ONLY', 'LOAD_UP_TO', 'ENGINES', '
            'code_hash', 'cache_folder', 'locked', 'say', 'human_time', 'atomic_json', 'mark_done', 'CorruptResult',
            'checked_json', 'run_prior', 'run_split', 'pool_folder', 'pair_set', 'stock_pairs', 'engine', 'ids_tensor',
            'watched', 'labelled_seeds', 'provenance', 'device_name', 'git_state', 'RunResult', 'labelling_rounds',
-           'run', 'read_result', 'RunsFailed', 'run_many']
+           'run', 'read_result', 'RunsFailed', 'run_many', 'ucdm_passes', 'equal_passes', 'training_passes',
+           'passes_note']
 
 # %% ../nbs/80_runs.ipynb #a1bf5bcc
 import ast, difflib, fcntl, hashlib, importlib, inspect, json, math, os, pkgutil, platform, re, resource, subprocess, sys, threading, time, types, typing, warnings
@@ -223,8 +224,9 @@ def check_disjoint(prior: str, dataset: str) -> None:
     from ucdm.data import HALVES
     record = _prior_folder(prior) / "training.json"
     learnt = json.loads(record.read_text()).get("dataset", "").split("+") if record.is_file() else []
+    if dataset not in learnt or dataset == "fashion-mnist": return # its seeds are among no generator's images
     half = next((h for h, whole in HALVES.items() if whole == dataset), None)
-    if half and dataset in learnt: raise ValueError(f"the generator {prior!r} has learnt from half of {dataset}'s training images; use dataset={half!r}, whose seeds it has not seen.")
+    raise ValueError(f"the generator {prior!r} has learnt from {dataset}'s training images; " + (f"use dataset={half!r}, whose seeds it has not seen." if half else "take another generator."))
 
 
 @lru_cache
@@ -694,3 +696,59 @@ def _start_worker(modules, threads):
     import torch
     torch.set_num_threads(threads)
     for m in modules: importlib.import_module(m)
+
+# %% ../nbs/80_runs.ipynb #feeb8f51
+def ucdm_passes(config, # ucdm.training.TrainConfig
+                n_seeds: int, # N
+                n_known: int, # K
+                rounds: Sequence[dict] = (), # `RunResult.rounds`: which labels were given after each round; without them, as if none were
+               ) -> int:
+    "Images that pass through the network while UCDM trains (Algorithm 2)."
+    from ucdm.training import epoch_iterations
+    passes, bare, known, other = 0, n_seeds, 0, 0
+    for r in range(config.rounds):
+        pairs = sum(min(n, config.batch_size) * each for n, each in ((bare, n_known), (known, 1), (other, 1)))
+        passes += 2 * pairs * epoch_iterations((bare, known, other), config.batch_size) * config.epochs_per_round
+        if r < len(rounds):
+            *named, rejected = rounds[r]["selected"]
+            bare, known, other = bare - sum(named) - rejected, known + sum(named), other + rejected
+    return passes
+
+
+def equal_passes(specs: Sequence[RunSpec], # of a comparison
+                 image_passes: int | None, # of each compared method; None: as many as UCDM makes as long as no seed is labelled; 0: as many as its authors had
+                 ucdm: dict, # UCDM's settings
+                ) -> list[RunSpec]:
+    "The same runs with one budget, for the methods that have such a setting and are not told another."
+    @lru_cache
+    def of_ucdm(dataset, class_split, mismatch, split_seed, n_seeds):
+        spec = RunSpec(dataset=dataset, class_split=class_split, mismatch=mismatch, split_seed=split_seed, n_seeds=n_seeds, train=ucdm)
+        split = run_split(spec)
+        return ucdm_passes(method_config(spec), len(split.seed_index), split.n_known)
+    def with_budget(spec):
+        config = get_method(spec.method).config_type
+        if image_passes == 0 or config is None or "image_passes" not in {f.name for f in fields(config)} or "image_passes" in spec.train: return spec
+        return replace(spec, train=spec.train | dict(image_passes=image_passes or of_ucdm(spec.dataset, spec.class_split, spec.mismatch, spec.split_seed, spec.n_seeds)))
+    return [with_budget(s) for s in specs]
+
+
+def training_passes(spec: RunSpec, n_seeds: int, n_known: int,
+                    rounds: Sequence[dict] = (), # see `ucdm_passes`
+                   ) -> int:
+    "Images that pass through the network while a run trains; about, where a method counts iterations (a labelled batch, and two views of an unlabelled one)."
+    config = method_config(spec)
+    if config is None or hasattr(config, "draws"): return 0
+    if hasattr(config, "epochs_per_round"): return ucdm_passes(config, n_seeds, n_known, rounds)
+    return config.image_passes or config.iterations * config.batch_size * (1 if spec.method.startswith("supervised") else 1 + 2 * config.ratio)
+
+
+def passes_note(results: Iterable["RunResult"]) -> str:
+    "A sentence: how many images passed through the network in a training of UCDM and of the compared methods, problem by problem."
+    results, made = list(results), {}
+    vary = [f for f in ("dataset", "class_split", "mismatch") if len({getattr(r.spec, f) for r in results}) > 1]
+    for r in results:
+        problem = " ".join(f"{v:.0%}" if isinstance(v, float) else str(v) for v in (getattr(r.spec, f) for f in vary))
+        n = training_passes(r.spec, r.seeds["n"], len(r.seeds["classes"]) - 1, r.rounds)
+        if n: made.setdefault(problem, {}).setdefault("UCDM" if r.spec.method == "ucdm" else "each compared method", []).append(n)
+    def say(counts): return ", ".join(f"{who} {min(ns):,}" + (f" to {max(ns):,}" if max(ns) > min(ns) else "") for who, ns in counts.items())
+    return f"Image passes of a training: {'; '.join(f'{problem}: {say(counts)}' if problem else say(counts) for problem, counts in made.items())}." if made else ""

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'PairSet', 'Index', 'MappedImages', 'CorruptShard', 'PairStore', 'Report', 'look_over', 'mend', 'find_stores',
-           'status_command', 'verify_command', 'repair_command']
+           'read_ids', 'status_command', 'verify_command', 'repair_command']
 
 # %% ../nbs/22_store.ipynb #a1c47824
 import fcntl, hashlib, json, os, sys, threading
@@ -327,17 +327,26 @@ def _each(folders: list[Path], say) -> None:
         print(f"{store.folder}: {words}")
     raise typer.Exit(0 if well else 1)
 
+def read_ids(file: Path) -> list[int]:
+    "Seed ids from a file: one a line, or a JSON list. ValueError if they are no whole numbers."
+    text = file.read_text()
+    try: return [int(i) for i in (json.loads(text) if text.lstrip().startswith("[") else text.split())]
+    except (ValueError, TypeError) as e: raise ValueError(f"{file} must hold whole numbers, one a line or as a JSON list ({e}).") from None
+
 _FOLDERS = typer.Argument(help="Stores, or folders that hold some, such as outputs/PROFILE/cache.")
 
 @app.command("status")
 def status_command(folders: list[Path] = _FOLDERS,
-                   seeds: int = typer.Option(None, help="How many seeds there should be, with ids 0, 1, ...", show_default=False)):
-    "How much is there, and what is missing."
+                   seeds: int = typer.Option(0, help="How many seeds there should be, where their ids are 0, 1, ...: the stores of `python -m ucdm.pairs`.", show_default=False),
+                   ids: Path = typer.Option(None, help="A file with the ids that there should be, one a line or a JSON list: in a batch's cache they are positions in the data set.", show_default=False)):
+    "How much is there and, of the seeds that are named, what is missing."
+    try: wanted = dict.fromkeys([*range(seeds), *(read_ids(ids) if ids else [])])
+    except (ValueError, OSError) as e: print(e, file=sys.stderr); raise typer.Exit(2)
     def say(store):
         entries = store.index()
-        lacking = [] if seeds is None else [i for i in range(seeds) if i not in store.contents.place]
+        lacking = [i for i in wanted if i not in store.contents.place]
         size = sum(e.get("bytes") or (store.folder / e["file"]).stat().st_size for e in entries)
-        return not lacking, f"{store.spec.get('kind', 'images')}, {len(store.contents.place):,} seeds x {len(store.spec.get('classes', []))} classes in {len(entries):,} shards, {size / 1e6:,.1f} MB" + (f"; {len(lacking):,} of {seeds:,} seeds missing, the first is {lacking[0]}" if lacking else "")
+        return not lacking, f"{store.spec.get('kind', 'images')}, {len(store.contents.place):,} seeds x {len(store.spec.get('classes', []))} classes in {len(entries):,} shards, {size / 1e6:,.1f} MB" + (f"; {len(lacking):,} of {len(wanted):,} seeds missing, the first is {lacking[0]}" if lacking else "")
     _each(folders, say)
 
 
