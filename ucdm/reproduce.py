@@ -210,7 +210,7 @@ def with_values(profile: dict, # as `load_profile` gives it
     entries, known = {n: dict(e or {}) for n, e in (profile.get("notebooks") or {}).items()}, {p for e in picked.values() for p in e.parameters}
     for text in values:
         name, given, value = text.partition("=")
-        if not given: raise ValueError(f"--set {text}: write it as NAME=VALUE, for instance --set seeds=[0].")
+        if not given: raise ValueError(f"--set {text}: write it as NAME=VALUE, for instance --set 'seeds=[0]'.")
         if name not in known: raise ValueError(f"--set {text}: {nearest(name, known, 'parameter')}")
         try: value = yaml.safe_load(value)
         except yaml.YAMLError: raise ValueError(f"--set {text}: the value is not YAML. Numbers, words, [lists], {{mappings: 1}} and null are.") from None
@@ -715,7 +715,7 @@ _EXAMPLES = """**Examples**
 
 `ucdm-reproduce --only table_02 figure_11` — two items (the beginning of a name is enough)
 
-`ucdm-reproduce --profile standard --only table_02 --set mismatches=[0.6] --set seeds=[0]` — a part of a table first
+`ucdm-reproduce --profile standard --only table_02 --set 'mismatches=[0.6]' --set 'seeds=[0]'` — a part of a table first
 
 `ucdm-reproduce --profile paper --only table_02 --out /data/ucdm` — the paper's settings, elsewhere
 
@@ -730,7 +730,7 @@ _EXAMPLES = """**Examples**
 def main(more: list[str] = typer.Argument(None, help="Further names for --only.", metavar="[NAME]...", show_default=False),
          profile: str = typer.Option("quick", "--profile", "-p", help="Which YAML file of nbs/experiments/profiles to use."),
          only: list[str] = typer.Option(None, "--only", "-o", help="Run only these notebooks. The beginning of a name is enough: table_02.", show_default=False),
-         values: list[str] = typer.Option(None, "--set", "-s", metavar="NAME=VALUE", help="Give the notebooks another value for a parameter than the profile does: --set seeds=[0]. May be repeated.", show_default=False),
+         values: list[str] = typer.Option(None, "--set", "-s", metavar="NAME=VALUE", help="Give the notebooks another value for a parameter than the profile does: --set 'seeds=[0]'. May be repeated.", show_default=False),
          jobs: int = typer.Option(1, "--jobs", "-j", min=1, help="Notebooks to run at the same time; they share the processor's cores. Leave it at 1 with one GPU."),
          resume: bool = typer.Option(True, "--resume/--fresh", help="Skip what is done and go on with what is not; or compute everything again (with --only: those notebooks and their runs; generated pairs stay)."),
          listing: bool = typer.Option(False, "--list", "-l", help="Show the notebooks, their parameters in this profile, and what is done; run nothing."),
