@@ -11,6 +11,9 @@ ARGS   ?=
 unexport JUPYTER_PATH
 export JUPYTER_PREFER_ENV_PATH := 1
 
+# Container images like to set this; every start of Python would then compile torch, diffusers and transformers anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 # The environment: uv (the one on PATH, or one fetched with pip) makes .venv and installs what settings.ini asks for.
 # uv does not read pip's configuration, so an index or a certificate set there is handed on.
 $(READY): settings.ini setup.py pyproject.toml

@@ -221,7 +221,7 @@ def train_vae(vae: AutoencoderKL, images: Tensor, # uint8 [N, 3, 32, 32]
 # %% ../nbs/23_mini_prior.ipynb #4ff5296e
 @torch.inference_mode()
 def encode_dataset(vae: AutoencoderKL, images: Tensor, # uint8 [N, 3, 32, 32]
-                   batch: int = 256) -> tuple[Tensor, Tensor]: # scaled mean and standard deviation, float16 [N, C, 16, 16]
+                   batch: int = 32) -> tuple[Tensor, Tensor]: # scaled mean and standard deviation, float16 [N, C, 16, 16]
     "Posterior mean and standard deviation of every image, times the scaling factor."
     device, scale = next(vae.parameters()).device, vae.config.scaling_factor
     posteriors = (vae.encode(to_float(b).to(device)).latent_dist for b in tqdm(images.split(batch), desc="encode", mininterval=10))
