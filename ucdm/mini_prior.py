@@ -150,9 +150,14 @@ def save_checkpoint(state: dict, path: Path) -> None:
 class Clock:
     "How long a training has taken, interruptions left out, and whether it is time for a checkpoint."
     def __init__(self, spent: tuple[float, float] = (0., 0.), # seconds and CPU seconds of earlier sessions
-                 minutes: float = 4): # between checkpoints
+                 minutes: float = 4, # between checkpoints
+                 session: float | None = None): # minutes that this session may take; None: as many as it needs
         self.start, self.every = [s - t for s, t in zip((time.monotonic(), time.process_time()), spent)], 60 * minutes
         self.last = time.monotonic()
+        self.end = float("inf") if session is None else self.last + 60 * session
+
+    @property
+    def over(self) -> bool: return time.monotonic() >= self.end
 
     @property
     def spent(self) -> tuple[float, float]: return time.monotonic() - self.start[0], time.process_time() - self.start[1]
@@ -270,7 +275,9 @@ def level_weights(alpha_bar: Tensor, config: MiniPriorConfig) -> Tensor: # float
 
 def train_unet(pipe: StableDiffusionPipeline, latents: tuple[Tensor, Tensor], # of every image; then of every mirrored image, if `config.flip`
                labels: Tensor, adjective: Tensor, sampler: CaptionSampler,
-               config: MiniPriorConfig, checkpoint: Path, device: str = "cpu", compile: bool = True, save_every: int = 250) -> list[tuple[int, float, float]]:
+               config: MiniPriorConfig, checkpoint: Path, device: str = "cpu", compile: bool = True, save_every: int = 250,
+               minutes: float | None = None, # stop after so many, at a checkpoint; None: when all steps are done
+              ) -> list[tuple[int, float, float]]:
     "Train UNet and text encoder in place on cached latents, resuming from `checkpoint`. Returns (step, training loss, validation loss) every `save_every` steps."
     mean, std = latents
     n_images = len(labels)
@@ -283,11 +290,11 @@ def train_unet(pipe: StableDiffusionPipeline, latents: tuple[Tensor, Tensor], # 
     optimizer = torch.optim.AdamW(params, lr=config.lr, betas=(0.9, 0.99), weight_decay=1e-2)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, config))
     ema = EMAModel(params, decay=config.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
-    start, curve, running, clock = 0, [], [], Clock()
+    start, curve, running, clock = 0, [], [], Clock(session=minutes)
     if state := load_checkpoint(checkpoint, config, UNET_FIELDS):
         unet.load_state_dict(state["unet"]); text.load_state_dict(state["text"]); ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"]); scheduler.load_state_dict(state["scheduler"])
-        start, curve, running, clock = state["step"], state["curve"], list(state["running"]), Clock(state["spent"])
+        start, curve, running, clock = state["step"], state["curve"], list(state["running"]), Clock(state["spent"], session=minutes)
 
     def errors_of(x0, noise, t, hidden):
         a = alpha_bar[t][:, None, None, None]
@@ -319,13 +326,15 @@ def train_unet(pipe: StableDiffusionPipeline, latents: tuple[Tensor, Tensor], # 
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step(); scheduler.step(); optimizer.zero_grad(); ema.step(params)
         running.append(loss.detach())
-        if (step + 1) % save_every == 0 or step + 1 == config.steps:
+        last = step + 1 == config.steps or clock.over
+        if (step + 1) % save_every == 0 or last:
             train_loss = torch.stack(running).mean().item(); running = []
             if not math.isfinite(train_loss):
                 raise FloatingPointError(f"the loss is {train_loss} at step {step + 1}; the checkpoint {checkpoint} is older and still good. Lower `lr` and start again.")
             curve.append((step + 1, train_loss, validation_loss()))
             bar.set_postfix(train=f"{curve[-1][1]:.4f}", validation=f"{curve[-1][2]:.4f}")
-        if (step + 1) % save_every == 0 or step + 1 == config.steps or clock.due(): save(step + 1)
+        if (step + 1) % save_every == 0 or last or clock.due(): save(step + 1)
+        if last: break
     ema.copy_to(params)
     unet.eval(), text.eval()
     return curve
@@ -356,7 +365,9 @@ def _same_images(file: Path, images: ImageSet) -> None:
     write_atomic(file, images.fingerprint)
 
 
-def train(out: Path, root: Path | None = None, config: MiniPriorConfig = MiniPriorConfig(), images: ImageSet | None = None, compile: bool = True) -> Path: # the pipeline's folder
+def train(out: Path, root: Path | None = None, config: MiniPriorConfig = MiniPriorConfig(), images: ImageSet | None = None, compile: bool = True,
+          minutes: float | None = None, # for the UNet in this call; None: until all steps are done
+         ) -> Path: # the pipeline's folder
     "Train a mini prior into the folder `out`, resuming from the checkpoints in it. `images` replaces the embedded prior's training images; ValueError if they are not those of the checkpoints."
     out = Path(out); out.mkdir(parents=True, exist_ok=True)
     device = default_device()
@@ -367,7 +378,7 @@ def train(out: Path, root: Path | None = None, config: MiniPriorConfig = MiniPri
     train_vae(pipe.vae, images.images, config, out / "vae.ckpt", device, compile)
     latents = encode_dataset(pipe.vae, torch.cat([images.images, images.images.flip(-1)]) if config.flip else images.images)
     train_unet(pipe, latents, images.labels, brightness_adjective(images.images, images.labels), caption_sampler(tokenizer, images.classes, config),
-               config, out / "unet.ckpt", device, compile)
+               config, out / "unet.ckpt", device, compile, minutes=minutes)
     return export(out, out / "pipeline", config, images)
 
 
