@@ -149,12 +149,12 @@ def save_checkpoint(state: dict, path: Path) -> None:
 
 class Clock:
     "How long a training has taken, interruptions left out, and whether it is time for a checkpoint."
-    def __init__(self, spent: tuple[float, float] = (0., 0.), # seconds and CPU seconds of earlier sessions
+    def __init__(self, spent: tuple[float, float] = (0., 0.), # seconds and CPU seconds of earlier calls
                  minutes: float = 4, # between checkpoints
-                 session: float | None = None): # minutes that this session may take; None: as many as it needs
+                 allowed: float | None = None): # minutes from now until it is over; None: never
         self.start, self.every = [s - t for s, t in zip((time.monotonic(), time.process_time()), spent)], 60 * minutes
         self.last = time.monotonic()
-        self.end = float("inf") if session is None else self.last + 60 * session
+        self.end = float("inf") if allowed is None else self.last + 60 * allowed
 
     @property
     def over(self) -> bool: return time.monotonic() >= self.end
@@ -290,11 +290,11 @@ def train_unet(pipe: StableDiffusionPipeline, latents: tuple[Tensor, Tensor], # 
     optimizer = torch.optim.AdamW(params, lr=config.lr, betas=(0.9, 0.99), weight_decay=1e-2)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, config))
     ema = EMAModel(params, decay=config.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
-    start, curve, running, clock = 0, [], [], Clock(session=minutes)
+    start, curve, running, clock = 0, [], [], Clock(allowed=minutes)
     if state := load_checkpoint(checkpoint, config, UNET_FIELDS):
         unet.load_state_dict(state["unet"]); text.load_state_dict(state["text"]); ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"]); scheduler.load_state_dict(state["scheduler"])
-        start, curve, running, clock = state["step"], state["curve"], list(state["running"]), Clock(state["spent"], session=minutes)
+        start, curve, running, clock = state["step"], state["curve"], list(state["running"]), Clock(state["spent"], allowed=minutes)
 
     def errors_of(x0, noise, t, hidden):
         a = alpha_bar[t][:, None, None, None]
