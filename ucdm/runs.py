@@ -9,8 +9,8 @@ __all__ = ['METHODS', 'RESULT_VERSION', 'SPEED_ONLY', 'LOAD_UP_TO', 'ENGINES', '
            'code_hash', 'cache_folder', 'locked', 'say', 'human_time', 'atomic_json', 'mark_done', 'CorruptResult',
            'checked_json', 'run_prior', 'run_split', 'pool_folder', 'pair_set', 'stock_pairs', 'engine', 'ids_tensor',
            'watched', 'labelled_seeds', 'provenance', 'device_name', 'git_state', 'RunResult', 'labelling_rounds',
-           'run', 'read_result', 'RunsFailed', 'run_many', 'ucdm_passes', 'equal_passes', 'training_passes',
-           'passes_note']
+           'run', 'read_result', 'RunsFailed', 'check_labels', 'run_many', 'ucdm_passes', 'equal_passes',
+           'training_passes', 'passes_note']
 
 # %% ../nbs/80_runs.ipynb #a1bf5bcc
 import ast, difflib, fcntl, hashlib, importlib, inspect, json, math, os, pkgutil, platform, re, resource, subprocess, sys, threading, time, types, typing, warnings
@@ -637,15 +637,31 @@ class RunsFailed(RuntimeError):
         super().__init__(f"{len(failures)} of {len(results)} runs failed; the others are kept.\n{lines}")
 
 
+def check_labels(specs: Iterable[RunSpec],
+                 root: str | Path | None = None, # where the data sets lie
+                ) -> None:
+    "ValueError for the first run that asks for more labels than a class has seed images."
+    from ucdm.splits import labelled_subset
+    checked = set()
+    for spec in specs:
+        per_class = getattr(method_config(spec), "labels_per_class", None)
+        problem = (spec.dataset, spec.class_split, spec.mismatch, spec.split_seed, spec.n_seeds, per_class)
+        if per_class is None or problem in checked: continue
+        checked.add(problem)
+        try: labelled_subset(run_split(spec, root), _dataset(spec.dataset, "train", root), per_class)
+        except ValueError as e: raise ValueError(f"{spec}: {e}") from None
+
+
 def run_many(specs: Sequence[RunSpec],
              cache: str | Path | None = None,
              jobs: int = 1, # processes
              fresh: bool = False, root: str | Path | None = None, progress: bool = True) -> list[RunResult]: # in the order of `specs`
-    "Results of all runs. RunsFailed, after all were tried, if some could not be computed."
+    "Results of all runs. ValueError, before the first run, for one that is impossible; RunsFailed, after all were tried, if some could not be computed."
     specs = list(specs)
-    hashes = [spec_hash(s) for s in specs] # finds every bad specification before the first run
+    hashes = [spec_hash(s) for s in specs] # finds every bad specification
     runs = cache_folder(cache) / "runs"
     todo = {h for h in hashes if fresh or not (runs / f"{h}.json").exists()}
+    check_labels([s for s, h in zip(specs, hashes) if h in todo], root)
     results, failures, began, computed = [None] * len(specs), [], time.monotonic(), 0
     if progress and todo: say(f"{len(todo)} runs to compute, {len(set(hashes)) - len(todo)} kept from before")
     for i, outcome in _outcomes(specs, hashes, cache, jobs, fresh, root, progress):
