@@ -33,7 +33,7 @@ def assign(q: Tensor, # other-driven distribution [B, K + 1] (Eq. 10)
            cap_other: bool=False, # no more "other" than the most frequent known class
            generator: torch.Generator|None=None, # draws which "others" stay; needed with cap_other
           ) -> Tensor: # pseudo-labels [B]: 0..K-1 known, K other, -1 none
-    "Confidence-based labelling (section 3.5, Algorithm 2)."
+    "Confidence-based labelling (section 3.5, Algorithm 2). ValueError for unequal shapes, a delta outside [0, 1], or cap_other without a generator."
     if q.shape != q_tilde.shape or q.ndim != 2: raise ValueError(f"q and q_tilde must both be [B, K + 1], got {tuple(q.shape)} and {tuple(q_tilde.shape)}")
     if not 0 <= delta <= 1: raise ValueError(f"delta is a probability between 0 and 1, got {delta}")
     (conf, label), (conf_tilde, label_tilde) = q.max(1), q_tilde.max(1)

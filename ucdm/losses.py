@@ -82,7 +82,7 @@ def total_loss(generated: LossTerms|None, # unlabelled seeds: all K pairs of eac
                known: LossTerms|None=None, # real images with the pseudo-label of a known class, and their negatives
                other: LossTerms|None=None, # real images with the pseudo-label "other", and their positives
               ) -> LossTerms:
-    "Eq. 12, the sum of Eq. 9 over the sets that are not empty (`None` marks an empty one)."
+    "Eq. 12, the sum of Eq. 9 over the sets that are not empty (`None` marks an empty one). ValueError if all are."
     terms = [t for t in (generated, known, other) if t is not None]
     if not terms: raise ValueError("total_loss needs at least one set of pairs that is not empty")
     return sum(terms[1:], start=terms[0])

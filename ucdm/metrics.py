@@ -24,7 +24,7 @@ def accuracy(probs: Tensor, # probabilities [N, C]
 def closed_accuracy(closed_probs: Tensor, # p-hat(j|x) of known images [N, K]
                     labels: Tensor, # their classes, 0 to K-1 [N]
                    ) -> float: # percent
-    "Accuracy on the closed-set task (Table 1)."
+    "Accuracy on the closed-set task (Table 1). ValueError for an image that is of no known class."
     if (labels >= closed_probs.shape[1]).any(): raise ValueError('closed_accuracy is about known images only: labels holds an "other"')
     return accuracy(closed_probs, labels)
 

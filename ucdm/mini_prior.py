@@ -52,7 +52,7 @@ class MiniPriorConfig:
     templates: tuple = ("A photo of a {}", "A picture of a {}", "An image of a {}", "{}")
     template_probs: tuple = (0.7, 0.1, 0.1, 0.1)
     adjective_prob: float = 0.15            # share of captions that call a dark or bright image so
-    caption_noise: float = 0.1              # share of captions taken from another image
+    caption_noise: float = 0.1              # share of captions whose class is drawn at random
     caption_drop: float = 0.15              # share of empty captions
     steps: int = 5000                       # UNet optimiser steps
     batch: int = 64
@@ -437,7 +437,7 @@ def _measures(numbers: dict) -> str:
 def _shares(record: dict) -> str:
     counts = [n for n in record.get("images_of_class", [1] * len(record["classes"])) if n]
     rare, common = (f"1/{sum(counts) / n:.0f}" for n in (min(counts), max(counts)))
-    return f"A class is {rare if rare == common else f'{rare} to {common}'} of this world: with about that probability, an erased class comes back."
+    return f"A class is {rare if rare == common else f'{rare} to {common}'} of this world: the share of erased images that an exact generator would leave in the class, and the least that this one can reach with the paper's guidance; its twenty steps leave more."
 
 
 def write_card(folder: Path, # pipeline folder with training.json
@@ -455,7 +455,7 @@ def write_card(folder: Path, # pipeline folder with training.json
         "data": f"{record['n_images']:,} labelled images of {record['dataset']}; {about.choice}", "classes": ", ".join(record["classes"]),
         "images, sha256": f"`{record['images_sha256'][:16]}`", "parameters": ", ".join(f"{n} {v / 1e6:.2f} M" for n, v in record["parameters"].items()),
         "autoencoder": f"{c['vae_steps']:,} steps of {c['vae_batch']} images", "UNet and text encoder": f"{done:,} steps of {c['batch']} images ({done * c['batch']:,} seen)" + (f", stopped before the {c['steps']:,} of its recipe" if done < c["steps"] else ""),
-        "captions": f"{len(c['templates'])} templates, {c['caption_noise']:.0%} taken from another image, {c['caption_drop']:.0%} empty", "latents": f"scaled to a standard deviation of {c['latent_std']}",
+        "captions": f"{len(c['templates'])} templates, {c['caption_noise']:.0%} of a random class, {c['caption_drop']:.0%} empty", "latents": f"scaled to a standard deviation of {c['latent_std']}",
         "final loss": f"training {record['unet_curve'][-1][1]:.4f}{' (weighted by level)' if record['config'].get('snr_cap') else ''}, validation {record['unet_curve'][-1][2]:.4f}", "time": f"{record['seconds'] / 60:.0f} minutes on {record['device']}" + (f" ({cpu / 60:.0f} CPU minutes)" if cpu and "CPU" in record["device"] else ""), "versions": ", ".join(f"{k} {v}" for k, v in record["versions"].items())}.items())
     goals = "\n".join(f"- {c['claim']} {'Reached' if c['holds'] else 'Missed'}: {c['evidence']}" for c in quality["checks"]) if quality else ""
     text = f"""# Mini prior: {record['dataset']}

@@ -242,7 +242,7 @@ def shard_seeds(batch_size: int, # pairs in a batch
 
 
 def evaluations(n_pairs: int, config: PairConfig, kinds: Sequence[str] = KINDS) -> int:
-    "Network evaluations for `n_pairs` pairs. A step of a positive takes two; a step of a negative one down and, if it starts at the seed, one (or two, guided) up."
+    "Network evaluations for `n_pairs` pairs. A step of a positive takes two; a step of a negative one down and, if it starts at the seed, one (or two, guided) up, the iterations of the implicit inversion not counted."
     up = 0 if config.negative_from == "noise" else 1 if config.inversion_guidance == 1 else 2
     return n_pairs * config.steps * sum(dict(positive=2, negative=1 + up)[kind] for kind in kinds)
 

@@ -95,7 +95,7 @@ def _resized(x: Tensor, size: int | tuple[int, int]) -> Tensor:
 
 
 class Prior:
-    "A frozen `StableDiffusionPipeline` as encoder, prompt embedder, noise predictor and decoder."
+    "A frozen `StableDiffusionPipeline` as encoder, prompt embedder, noise predictor and decoder. ValueError for latents that are not square, an inpainting UNet, or a scheduler that DDIM cannot stand in for."
     def __init__(self, pipe: StableDiffusionPipeline, name: str, device: str):
         self.pipe, self.name, self.device, self.dtype = pipe, name, device, pipe.unet.dtype
         side, channels = pipe.unet.config.sample_size, pipe.unet.config.in_channels

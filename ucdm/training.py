@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'BN_STATISTICS', 'SETS', 'CHECK_EVERY', 'MAY_CHANGE', 'TrainConfig', 'generator', 'epoch_iterations',
            'epoch_batches', 'PairBatch', 'pair_batch', 'random_flip', 'forward_pairs', 'best_device', 'UCDM',
-           'TrainState', 'new_state', 'compiled', 'train_step', 'TrainData', 'set_members', 'batch_stream',
-           'train_epoch', 'refresh_batch_norm', 'label_round', 'write_tensors', 'read_tensors', 'data_fingerprint',
-           'save_checkpoint', 'load_checkpoint', 'train_ucdm', 'training_rate']
+           'TrainState', 'new_state', 'train_step', 'TrainData', 'set_members', 'batch_stream', 'train_epoch',
+           'refresh_batch_norm', 'label_round', 'write_tensors', 'read_tensors', 'data_fingerprint', 'save_checkpoint',
+           'load_checkpoint', 'train_ucdm', 'training_rate']
 
 # %% ../nbs/33_training.ipynb #bbcc7ffa
 import hashlib
@@ -242,21 +242,10 @@ def new_state(ucdm: UCDM, # an untrained classifier
     "Start a run: Adam at a constant rate, no weight decay (Table 17)."
     fused = ucdm.device.type in ("cpu", "cuda")
     state = TrainState(ucdm, torch.optim.Adam(ucdm.model.parameters(), lr=ucdm.config.lr, fused=fused), net=ucdm.model)
-    if ucdm.config.compile: state.net = compiled(ucdm.model)
+    if ucdm.config.compile:
+        from ucdm.prior import compiled
+        state.net = compiled(ucdm.model)
     return state
-
-# %% ../nbs/33_training.ipynb #a0493607
-def compiled(model, # a network
-            ) -> Callable: # the compiled network; from its first failure on, the network itself
-    "`torch.compile` that falls back to the model as it is where compiling fails."
-    fast = torch.compile(model)
-    def net(x):
-        nonlocal fast
-        if fast is not model:
-            try: return fast(x)
-            except Exception: fast = model
-        return model(x)
-    return net
 
 # %% ../nbs/33_training.ipynb #82d4d9c3
 def train_step(state: TrainState, # changed in place

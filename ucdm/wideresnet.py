@@ -16,7 +16,7 @@ from torch import Tensor
 # %% ../nbs/30_wideresnet.ipynb #7cac8e5d
 def normalise(images: Tensor, # uint8 images [B, 3, H, W]
              ) -> Tensor: # float32 images in [-1, 1], [B, 3, H, W], channels last in memory
-    "Bytes to the network's input: mean 0.5, standard deviation 0.5 a channel (Table 17, *normalization*)."
+    "Bytes to the network's input: mean 0.5, standard deviation 0.5 a channel (Table 17, *normalization*). ValueError for images that are not uint8."
     if images.dtype != torch.uint8: raise ValueError(f"normalise wants uint8 images, got {images.dtype}: pass the bytes of the image, 0 to 255")
     return (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
@@ -44,6 +44,7 @@ class WideResNet(nn.Module):
 
     `forward(x)` takes normalised images [B, 3, H, W] and gives `(closed_logits [B, K], open_logits [B, 2, K])`, both float32;
     `open_logits[:, 0]` is "is j", `open_logits[:, 1]` "is not j". Initial weights come from torch's global generator.
+    ValueError for a depth that is not 6n + 4, or a width or number of classes below 1.
     """
     def __init__(self,
                  n_known: int, # K, the number of known classes
@@ -84,7 +85,7 @@ BATCH_NORM = ("running", "batch")
 def batch_norm_mode(model: nn.Module, # a network with batch norm layers
                     mode: str="running", # "running": the averages kept in training; "batch": the statistics of each batch
                    ):
-    "Evaluate `model` in one of two batch norm modes; running averages do not move, and every module's mode is restored on leaving."
+    "Evaluate `model` in one of two batch norm modes; running averages do not move, and every module's mode is restored on leaving. ValueError for any other mode."
     if mode not in BATCH_NORM: raise ValueError(f"batch_norm must be one of {', '.join(BATCH_NORM)}, got {mode!r}")
     was = {m: m.training for m in model.modules()}
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
