@@ -278,6 +278,7 @@ def test_unknown_names():
 def test_image_set_checks():
     images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     with pytest.raises(ValueError, match="uint8"): ImageSet(images.float(), torch.zeros(2), ("a",))
+    with pytest.raises(ValueError, match="3, H, W"): ImageSet(images[:, :1], torch.zeros(2), ("a",))
     with pytest.raises(ValueError, match="2 images but 3 labels"): ImageSet(images, torch.zeros(3, dtype=torch.int64), ("a",))
     with pytest.raises(ValueError, match="labels run from 0 to 1, but 1 classes"): ImageSet(images, torch.arange(2), ("a",))
 

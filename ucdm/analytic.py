@@ -73,13 +73,13 @@ def log_density(self: Mixture,
                 label: int | Tensor | None = None, # class, or one for each item; None is the whole data distribution
                 leak: float = 0.0, # share of the condition that is not understood
                ) -> Tensor: # [B]
-    "log p_t(x), or log p_t(x | class)."
+    "log p_t(x), or log p_t(x | class). ValueError for a label that is no class, or a leak outside [0, 1]."
     return (_weights(self, label, leak).log() + _components(self, x, alpha_bar)[2]).logsumexp(-1)
 
 # %% ../nbs/02_analytic.ipynb #33280916
 @patch
 def score(self: Mixture, x: Tensor, alpha_bar: float, label: int | Tensor | None = None, leak: float = 0.0) -> Tensor: # [B, d]
-    "Gradient of `log_density` with respect to x."
+    "Gradient of `log_density` with respect to x. ValueError for a label that is no class, or a leak outside [0, 1]."
     precision, weighted_mean, log_p = _components(self, x, alpha_bar)
     responsibility = (_weights(self, label, leak).log() + log_p).softmax(-1)
     return responsibility @ weighted_mean - x * (responsibility @ precision)
@@ -95,7 +95,7 @@ def class_posterior(self: Mixture, x: Tensor, alpha_bar: float) -> Tensor: # [B,
 def eps(self: Mixture, x: Tensor, alpha_bar: float, label: int | Tensor | None = None,
         guidance: float = 1.0, # 0 ignores the class, 1 is the class-conditional model
         leak: float = 0.0) -> Tensor: # [B, d]
-    "The best possible noise prediction at a level, with classifier-free guidance."
+    "The best possible noise prediction at a level, with classifier-free guidance. ValueError for a label that is no class, or a leak outside [0, 1]."
     scale = -(1 - torch.as_tensor(alpha_bar, dtype=self.means.dtype)).sqrt()
     if label is None or guidance == 0: return scale * self.score(x, alpha_bar)
     conditional = scale * self.score(x, alpha_bar, label, leak)
@@ -104,7 +104,7 @@ def eps(self: Mixture, x: Tensor, alpha_bar: float, label: int | Tensor | None =
 
 @patch
 def denoised(self: Mixture, x: Tensor, alpha_bar: float, label: int | Tensor | None = None, leak: float = 0.0) -> Tensor: # [B, d]
-    "Expected clean image E[x_0 | x_t = x], by conditioning each Gaussian component on x: no score involved."
+    "Expected clean image E[x_0 | x_t = x], by conditioning each Gaussian component on x: no score involved. ValueError for a label that is no class, or a leak outside [0, 1]."
     a = torch.as_tensor(alpha_bar, dtype=self.means.dtype)
     precision, _, log_p = _components(self, x, alpha_bar)
     gain = a.sqrt() * self.variances * precision
@@ -114,7 +114,7 @@ def denoised(self: Mixture, x: Tensor, alpha_bar: float, label: int | Tensor | N
 # %% ../nbs/02_analytic.ipynb #5eea854a
 @patch
 def sample(self: Mixture, n: int, label: int | None = None, generator: torch.Generator | None = None) -> Tensor: # [n, d]
-    "Clean samples of the data distribution, or of one class."
+    "Clean samples of the data distribution, or of one class. ValueError for a label that is no class."
     m = torch.multinomial(_weights(self, label, 0.0), n, replacement=True, generator=generator)
     return self.means[m] + self.variances[m].sqrt() * torch.randn(n, self.dim, generator=generator, dtype=self.means.dtype)
 

@@ -45,7 +45,7 @@ class ImageSet:
 
     def __post_init__(self):
         self.classes = tuple(self.classes)
-        if self.images.dtype != torch.uint8 or self.images.ndim != 4: raise ValueError(f"images must be uint8 [N, 3, H, W], got {self.images.dtype} {tuple(self.images.shape)}.")
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[1] != 3: raise ValueError(f"images must be uint8 [N, 3, H, W], got {self.images.dtype} {tuple(self.images.shape)}.")
         if len(self.images) != len(self.labels): raise ValueError(f"{len(self.images)} images but {len(self.labels)} labels.")
         if len(self) and not -1 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.classes):
             raise ValueError(f"labels run from {int(self.labels.min())} to {int(self.labels.max())}, but {len(self.classes)} classes allow -1 to {len(self.classes) - 1}.")

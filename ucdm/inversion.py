@@ -66,7 +66,7 @@ def reverse(predict: NoisePredictor,
             noise: Callable[[int], Tensor] | None = None, # fresh noise for the step that leaves grid index i; needed when eta > 0
             callback: Callback | None = None, # called after each step with the new grid index, x and the predicted noise
            ) -> Tensor: # x_0
-    "The DDIM reverse process over `grid` (Eq. 2; Eq. 8 with an unconditional `predict`)."
+    "The DDIM reverse process over `grid` (Eq. 2; Eq. 8 with an unconditional `predict`). ValueError if eta > 0 without noise."
     if noise is None and torch.as_tensor(eta).count_nonzero(): raise ValueError("eta > 0 needs fresh noise: pass noise=callable(grid index) -> Tensor.")
     x = x_N
     for i in range(grid.steps, 0, -1):

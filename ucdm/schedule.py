@@ -119,10 +119,11 @@ def ddim_step(x_t: Tensor, # [B, ...]
               ab_t: float, # level of x_t
               ab_prev: float, # level to go to
               eta: float | Tensor = 0.0, # DDIM's eta; a tensor that broadcasts against x_t gives each item its own
-              noise: Tensor | None = None, # z of Eq. 2; needed when eta > 0
+              noise: Tensor | None = None, # z of Eq. 2; needed when eta > 0, but for a step to the clean image
              ) -> Tensor: # x at level ab_prev
-    "Eq. 2 and 8: one step towards the clean image."
+    "Eq. 2 and 8: one step towards the clean image. ValueError if eta > 0 asks for fresh noise and none is given."
     sigma = sigma_of_eta(ab_t, ab_prev, torch.as_tensor(eta, device="cpu"))
+    if noise is None and (sigma > 0).any(): raise ValueError("eta > 0 needs fresh noise: pass noise, of the shape of x_t.")
     drift = ab_prev**0.5 * psi(ab_t, ab_prev, sigma)
     x = (ab_prev / ab_t) ** 0.5 * x_t - drift.to(x_t) * eps
     return x if noise is None else x + sigma.to(x_t) * noise

@@ -161,7 +161,7 @@ class CDMSplit:
         return target
 
     def true_labels(self, train: ImageSet) -> Tensor: # int64 in 0..K
-        "What the seeds really are. For evaluation only."
+        "What the seeds really are: for evaluation, and for the labels that compared methods are given."
         return self._target(train.labels[self.seed_index])
 
     def test(self, test: ImageSet) -> dict[str, tuple[Tensor, Tensor]]: # group: (uint8 images, targets in 0..K)
