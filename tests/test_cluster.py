@@ -144,7 +144,7 @@ def test_batch_on_a_cluster(cluster, project):  # noqa: F811
 def test_errors_of_the_code_are_not_repeated(cluster, tmp_path):
     "A run that fails on a worker is named with its own error; a cluster that cannot be reached, or cannot run a task, is said at once."
     from ucdm import cluster as c
-    with pytest.raises(RuntimeError, match=r"1 of 1 runs failed.*\n.*ValueError: .*fewer seed images than per_class=5000"): run_many([RunSpec(method="fixmatch", n_seeds=12, n_test=10, train=dict(labels_per_class=5000))], tmp_path, progress=False)
+    with pytest.raises(RuntimeError, match=r"1 of 1 runs failed.*\n.*ValueError: .*UASD holds 2 labelled images of each class out of training"): run_many([RunSpec(method="uasd", n_seeds=12, n_test=10, train=dict(labels_per_class=2, held_out=2))], tmp_path, progress=False)
     with pytest.raises(ValueError, match="no machine of the cluster has 1 cores and 8 GPUs"), pytest.MonkeyPatch.context() as m:
         m.setenv("UCDM_TASK_GPUS", "8")
         c.check_cluster(tmp_path)
