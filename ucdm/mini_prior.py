@@ -437,7 +437,7 @@ def _measures(numbers: dict) -> str:
 def _shares(record: dict) -> str:
     counts = [n for n in record.get("images_of_class", [1] * len(record["classes"])) if n]
     rare, common = (f"1/{sum(counts) / n:.0f}" for n in (min(counts), max(counts)))
-    return f"A class is {rare if rare == common else f'{rare} to {common}'} of this world: the share of erased images that an exact generator would leave in the class, and the least that this one can reach with the paper's guidance; its twenty steps leave more."
+    return f"A class is {rare if rare == common else f'{rare} to {common}'} of this world: the share of erased images that an exact generator would leave in the class, with the paper's guidance and ever more steps. The notebook pair_quality measures how many this one leaves."
 
 
 def write_card(folder: Path, # pipeline folder with training.json
