@@ -23,7 +23,9 @@ import pandas as pd
 import seaborn as sns
 from IPython.display import Markdown
 from matplotlib.collections import LineCollection
+from matplotlib.image import AxesImage, BboxImage
 from matplotlib.transforms import IdentityTransform
+from PIL import Image
 
 from .files import write_atomic
 from .metrics import balance_score
@@ -246,12 +248,20 @@ def save_figure(fig, # a matplotlib figure
                 name: str, # without suffix
                 out: str | Path, # folder of the batch
                ) -> str: # "figures/<name>.png", relative to `out`
-    "Save as SVG and PNG under `out`/figures."
+    "Save as SVG and PNG under `out`/figures. A PNG without pictures in it gets a palette of 256 colours, with which it is a third as large and looks the same."
+    pictures = fig.findobj(lambda artist: isinstance(artist, (AxesImage, BboxImage)))
     for kind, metadata in dict(svg={"Date": None}, png={"Software": None}).items():
         drawn = io.BytesIO()
         fig.savefig(drawn, format=kind, metadata=metadata)
+        if kind == "png" and not pictures: drawn = _with_palette(drawn)
         write_atomic(Path(out) / "figures" / f"{name}.{kind}", drawn.getvalue())
     return f"figures/{name}.png"
+
+
+def _with_palette(png: io.BytesIO) -> io.BytesIO:
+    drawn, small = Image.open(png), io.BytesIO()
+    drawn.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(small, "PNG", optimize=True, dpi=drawn.info["dpi"])
+    return small
 
 
 def save_data(frame: pd.DataFrame, name: str, out: str | Path) -> str: # "tables/<name>.csv", relative to `out`
