@@ -6,8 +6,8 @@
 __all__ = ['PAPER_TABLES', 'SOURCE', 'ROUNDING', 'SLIPS', 'METHOD_LABELS', 'METHOD_COLOURS', 'GROUP_COLOURS', 'DATASET_LABELS',
            'METRIC_LABELS', 'RULES', 'PLUS_MINUS', 'REFERENCES', 'paper_value', 'recomputed_balance', 'style',
            'save_figure', 'save_data', 'label_ends', 'results_frame', 'spread', 'mean_interval', 'mean_text',
-           'draw_interval', 'Table', 'best_two', 'method_label', 'measured_vs_paper', 'settings_note', 'Check',
-           'verdict', 'Conclusion', 'conclude']
+           'draw_interval', 'Table', 'best_two', 'method_label', 'measured_vs_paper', 'settings_note', 'Check', 'every',
+           'is_higher', 'verdict', 'Conclusion', 'conclude']
 
 # %% ../nbs/81_report.ipynb #3be4a7b6
 import base64, io, json, math, re, statistics, zlib
@@ -562,6 +562,21 @@ class Check:
         if self.holds is not None: object.__setattr__(self, "holds", bool(self.holds)) # numpy's and torch's truth values too
 
 
+def every(outcomes: Iterable[bool | None]) -> bool | None:
+    "Whether all hold: False if one does not, else None if one is not tested or there are none."
+    outcomes = list(outcomes)
+    return False if False in outcomes else None if None in outcomes or not outcomes else True
+
+
+def is_higher(a: pd.Series, # a value a seed, by seed
+              b: pd.Series | float, # the same of something else, or a level
+             ) -> tuple[bool | None, float]: # whether the mean of `a` is higher, None if fewer than two seeds are common to both; the standard error of the difference, or nan
+    "Higher by more than the standard error of the difference? Both sides have the same seeds, so the difference is taken seed by seed."
+    mean, std, n = spread((a - b).tolist())
+    error = std / math.sqrt(n) if n else math.nan
+    return None if math.isnan(error) else bool(mean > error), error
+
+
 def verdict(checks: Sequence[Check]) -> str: # "holds", "partly", "does not hold", "not tested"
     "All tested checks hold, some do, none does, or none was tested."
     tested = [c.holds for c in checks if c.holds is not None]
@@ -597,7 +612,7 @@ def conclude(name: str, # of the notebook
             ) -> Conclusion:
     """Write what was found to `out`/results/`name`.json, copies of the runs to `out`/results/runs, and mark the notebook as done. The last cell of every experiment notebook calls it.
 
-    The mark is the key that the batch handed in (`UCDM_NOTEBOOK_KEY`); without one, in an interactive session, nothing is marked.
+    The mark is the key that the batch handed in (`UCDM_NOTEBOOK_KEY`); without one, as when a notebook is run by hand, nothing is marked.
     """
     out = Path(out)
     unique = list({r.hash: r for r in results}.values())
