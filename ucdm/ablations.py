@@ -29,7 +29,7 @@ def vary(base: RunSpec, # what all variants have in common
 def run_variants(base: RunSpec, variants: Mapping[str, Mapping], # name -> overrides
                  seeds: Sequence[int] = (0,), **kwargs # for `run_many`
                 ) -> dict[str, list[RunResult]]: # name -> a result a seed
-    "Run every variant with every seed."
+    "Run every variant with every seed. RunsFailed, after all were tried, if some could not be computed."
     specs = [replace(vary(base, overrides), seed=s) for overrides in variants.values() for s in seeds]
     results = run_many(specs, **kwargs)
     return {name: results[i * len(seeds):(i + 1) * len(seeds)] for i, name in enumerate(variants)}

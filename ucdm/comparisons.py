@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from .report import DATASET_LABELS, GROUP_COLOURS, METHOD_COLOURS, METHOD_LABELS, METRIC_LABELS, PAPER_TABLES, PLUS_MINUS, RULES, Check, Table, draw_interval, every, is_higher, label_ends, mean_interval, mean_text, results_frame, spread
-from .runs import METHODS, RunResult, RunSpec, get_method, grid, nearest
+from .runs import RunResult, RunSpec, get_method, grid
 from .splits import class_split
 
 # %% ../nbs/84_comparisons.ipynb #84aa0002
@@ -26,7 +26,6 @@ def method_specs(base: RunSpec, # what all have in common
                  **axes: Sequence, # field of RunSpec -> its values
                 ) -> tuple[list[RunSpec], dict[str, str]]: # the runs, and the methods left out with the reason
     "All runs of a comparison. ValueError for the settings of a method that does not exist, or settings that no method has."
-    from ucdm.splits import class_split
     for name in settings:
         if name != "baselines": get_method(name)
     shared, used = settings.get("baselines", {}), set()

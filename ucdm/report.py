@@ -10,14 +10,12 @@ __all__ = ['PAPER_TABLES', 'SOURCE', 'ROUNDING', 'SLIPS', 'METHOD_LABELS', 'METH
            'is_higher', 'verdict', 'Conclusion', 'conclude']
 
 # %% ../nbs/81_report.ipynb #3be4a7b6
-import base64, io, json, math, re, statistics, zlib
+import io, json, math, re, statistics, zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -433,7 +431,7 @@ def measured_vs_paper(results: Iterable[RunResult], # what was measured
                      ) -> Table: # its frame: source, block, method, dataset, group, sub, metric, mean, std, low and high (ends of the interval), n, mark, note
     """Measured rows (means with 95 % confidence intervals) above the paper's rows for the same columns.
 
-    A data set that the quoted table does not have stands beside the paper's CIFAR-10 (or the table's only data set); the blocks' titles say so. TypeError for anything that is not a `RunResult`.
+    A data set that the quoted table does not have stands beside the paper's CIFAR-10 (or the table's only data set); the blocks' titles say so. TypeError for anything that is not a `RunResult`, ValueError without results, KeyError for a table that lacks the metrics.
     """
     results = list(results)
     if odd := [r for r in results if not isinstance(r, RunResult)]: raise TypeError(f"measured rows are made from RunResults only, got {type(odd[0]).__name__}.")
