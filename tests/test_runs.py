@@ -19,7 +19,7 @@ from ucdm import prior as prior_module
 from ucdm.data import load_dataset
 from ucdm.pairs import PairConfig, generate_pairs
 from ucdm.prior import load_prior
-from ucdm.runs import RunSpec, cache_folder, pair_set, prior_identity, run, run_many, run_split, spec_hash
+from ucdm.runs import RunSpec, cache_folder, git_state, pair_set, prior_identity, run, run_many, run_split, spec_hash
 from ucdm.stable_diffusion_2 import SD2_BASE, clip_tokenizer, random_pipeline, shrunk
 from ucdm.store import CorruptShard, PairStore
 
@@ -248,3 +248,19 @@ def test_run_with_stable_diffusion_2(tmp_path):
 
 def test_cache_is_ignored_by_git(tmp_path):
     assert (cache_folder(tmp_path / "cache") / ".gitignore").read_text() == "*\n"
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_package_inside_another_repository(tmp_path):
+    "A package that is installed below some repository does not take that one's commit for its own."
+    git = lambda *args: subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *args], check=True, capture_output=True)
+    module = tmp_path / "site-packages" / "ucdm" / "runs.py"
+    module.parent.mkdir(parents=True)
+    module.touch()
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "theirs")
+    assert git_state(module) == dict(commit=None, dirty=None)
+    git("add", ".")
+    git("commit", "-q", "-m", "with the package")
+    held = git_state(module)
+    assert len(held["commit"]) == 40 and held["dirty"] is False

@@ -8,16 +8,16 @@ __all__ = ['METHODS', 'RESULT_VERSION', 'SPEED_ONLY', 'LOAD_UP_TO', 'ENGINES', '
            'pair_config', 'method_config', 'is_packaged', 'check_disjoint', 'prior_identity', 'identity', 'spec_hash',
            'code_hash', 'cache_folder', 'locked', 'say', 'human_time', 'atomic_json', 'mark_done', 'CorruptResult',
            'checked_json', 'run_prior', 'run_split', 'pool_folder', 'pair_set', 'stock_pairs', 'engine', 'ids_tensor',
-           'watched', 'labelled_seeds', 'provenance', 'device_name', 'git_state', 'RunResult', 'labelling_rounds',
-           'run', 'read_result', 'RunsFailed', 'check_labels', 'run_many', 'ucdm_passes', 'equal_passes',
-           'training_passes', 'passes_note']
+           'watched', 'labelled_seeds', 'provenance', 'device_name', 'peak_memory_mb', 'git_state', 'RunResult',
+           'labelling_rounds', 'run', 'read_result', 'RunsFailed', 'check_labels', 'run_many', 'ucdm_passes',
+           'equal_passes', 'training_passes', 'passes_note']
 
 # %% ../nbs/80_runs.ipynb #a1bf5bcc
 import ast, difflib, fcntl, hashlib, importlib, inspect, json, math, os, pkgutil, platform, re, resource, subprocess, sys, threading, time, types, typing, warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from functools import lru_cache
 from multiprocessing import get_context
@@ -92,7 +92,7 @@ class RunSpec:
         for name in ("pairs", "train", "differences"): canonical(getattr(self, name))
         object.__setattr__(self, "mismatch", float(self.mismatch))
 
-    def __hash__(self): return hash(canonical(asdict(self)))
+    def __hash__(self): return hash(tuple(frozenset(v) if isinstance(v, dict) else v for v in (getattr(self, f.name) for f in fields(self)))) # of the overrides only the names: 1 and 1.0 are equal, their JSON is not
     def __str__(self): return describe(self)
 
 
@@ -186,6 +186,8 @@ def pair_config(spec: RunSpec): # ucdm.pairs.PairConfig
     changes = {k: v for k, v in spec.pairs.items() if k != "preset"}
     shared = {f.name for f in fields(Differences)} & {f.name for f in fields(PairConfig)} & set(spec.differences)
     check_fields(changes, PairConfig, "RunSpec pairs", {name: "it is already set in `differences`" for name in shared})
+    hints = typing.get_type_hints(PairConfig)
+    changes = {k: float(v) if hints[k] is float else v for k, v in changes.items()}
     return PairConfig.preset(spec.pairs.get("preset", "paper"), **{name: spec.differences[name] for name in shared} | changes)
 
 
@@ -344,7 +346,7 @@ def atomic_json(path: str | Path, content: dict, checksum: bool = False) -> None
 def mark_done(out: str | Path, # folder of the batch
               name: str, # of the notebook
              ) -> None:
-    "Leave the mark by which the batch knows that a notebook is done: the key that it handed in. In an interactive session, without one, nothing is marked."
+    "Leave the mark by which the batch knows that a notebook is done: the key that it handed in. Without one, as when a notebook is run by hand, nothing is marked."
     if key := os.environ.get("UCDM_NOTEBOOK_KEY"): atomic_json(Path(out) / "cache" / "done" / f"{name}.json", dict(key=key))
 
 
@@ -503,12 +505,19 @@ def device_name(torch) -> str:
     return f"{model}, {os.cpu_count()} cores"
 
 
-def git_state() -> dict:
-    "Commit of the package's checkout and whether tracked files but the results in `outputs` have uncommitted changes; None where that cannot be said."
-    here = Path(__file__).parent if "__file__" in globals() else Path(".")
+def peak_memory_mb() -> int:
+    "The most that this process has held so far, in MiB."
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)) # macOS counts bytes, Linux KiB
+
+
+def git_state(file: Path | None = None, # a file of the package; None: this one
+             ) -> dict:
+    "Commit of the package's checkout and whether tracked files but the results in `outputs` have uncommitted changes; None where that cannot be said, and where git does not track the package."
+    file = file or (Path(__file__) if "__file__" in globals() else Path("80_runs.ipynb"))
     def git(*args):
-        try: return subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        try: return subprocess.run(["git", "-C", str(file.parent), *args], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
         except (OSError, subprocess.SubprocessError): return None
+    if not git("ls-files", "--", file.name): return dict(commit=None, dirty=None)
     changes = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)outputs")
     return dict(commit=git("rev-parse", "HEAD"), dirty=None if changes is None else bool(changes))
 
@@ -559,6 +568,8 @@ def run(spec: RunSpec,
     """The result of a run: read if it is there and whole, else computed and kept.
 
     A damaged result file is named in a warning and computed again. Two processes that want the same run do not both compute it. After a kill, generation and training go on where they stood.
+
+    ValueError or TypeError, before anything is computed, for a specification that cannot be; OSError if something cannot be read or written. What the method itself raises goes through.
     """
     folder, name = cache_folder(cache), spec_hash(spec)
     path, partial = folder / "runs" / f"{name}.json", folder / "partial" / name
@@ -570,7 +581,7 @@ def run(spec: RunSpec,
             try: return read_result(path, spec)
             except CorruptResult as e: warnings.warn(f"{e}. It is computed again.")
         result = _compute(spec, name, folder, partial, root, progress)
-        atomic_json(path, {k: v for k, v in asdict(result).items()} | {"spec": asdict(spec), "identity": identity(spec)}, checksum=True)
+        atomic_json(path, asdict(result) | dict(identity=identity(spec)), checksum=True)
         partial.unlink(missing_ok=True)
         return result
 
@@ -624,7 +635,7 @@ def _compute(spec, name, folder, partial, root, progress) -> RunResult:
             protocols["last_epochs"] = {k: sum(m[k] for m in each) / len(each) for k in each[0]}
     history, K = getattr(fitted, "history", []), split.n_known
     epochs = [dict(round=h["round"] + 1, epoch=h["epoch"] + 1, loss=h["loss"]) for h in history if h.get("kind") == "epoch"]
-    where |= dict(code=code_hash(spec.method), seconds=seconds, peak_memory_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024), data=dict(train=train.fingerprint[:16], split=split.hash), prior=prior_identity(spec.prior) if method.uses_prior else None)
+    where |= dict(code=code_hash(spec.method), seconds=seconds, peak_memory_mb=peak_memory_mb(), data=dict(train=train.fingerprint[:16], split=split.hash), prior=prior_identity(spec.prior) if method.uses_prior else None)
     seeds = dict(n=len(truth), labelled=given, true=[int((truth == k).sum()) for k in range(K + 1)], classes=[*split.known_names, "other"], test={g: len(x[0]) for g, x in groups.items()})
     return RunResult(spec, name, protocols, labelling_rounds(history, truth, K), epochs, seeds, where, curves)
 
@@ -662,18 +673,24 @@ def run_many(specs: Sequence[RunSpec],
     runs = cache_folder(cache) / "runs"
     todo = {h for h in hashes if fresh or not (runs / f"{h}.json").exists()}
     check_labels([s for s, h in zip(specs, hashes) if h in todo], root)
-    results, failures, began, computed = [None] * len(specs), [], time.monotonic(), 0
-    if progress and todo: say(f"{len(todo)} runs to compute, {len(set(hashes)) - len(todo)} kept from before")
+    results, failures, began, total = [None] * len(specs), [], time.monotonic(), len(todo)
+    if progress and todo: say(f"{total} runs to compute, {len(set(hashes)) - total} kept from before")
     for i, outcome in _outcomes(specs, hashes, cache, jobs, fresh, root, progress):
         if isinstance(outcome, Exception): failures.append((specs[i], outcome))
         else: results[i] = outcome
         if hashes[i] not in todo: continue
-        computed, spent = computed + 1, time.monotonic() - began
-        left = f"; about {human_time(spent / computed * (len(todo) - computed))} left" if computed < len(todo) else ""
-        said = f"failed: {type(outcome).__name__}: {outcome}".splitlines()[0] if isinstance(outcome, Exception) else f"balance {outcome.metrics['balance']:.1f}, closed {outcome.metrics['closed']:.1f}"
-        if progress: say(f"run {computed}/{len(todo)} {specs[i]}: {said}; {human_time(spent)}{left}")
+        todo.remove(hashes[i]) # the same run may stand in the list again
+        computed, spent = total - len(todo), time.monotonic() - began
+        left = f"; about {human_time(spent / computed * len(todo))} left" if todo else ""
+        if progress: say(f"run {computed}/{total} {specs[i]}: {_in_short(outcome)}; {human_time(spent)}{left}")
     if failures: raise RunsFailed(failures, results)
     return results
+
+
+def _in_short(outcome: RunResult | Exception) -> str:
+    if isinstance(outcome, Exception): return f"failed: {type(outcome).__name__}: {outcome}".splitlines()[0]
+    try: return f"balance {outcome.metrics['balance']:.1f}, closed {outcome.metrics['closed']:.1f}"
+    except ValueError as e: return f"done; {e}" # the result is whole, only not evaluated as this specification asks
 
 
 def _outcomes(specs, hashes, cache, jobs, fresh, root, progress):
