@@ -123,6 +123,7 @@ def test_one_fails(project):
     (dict(notebooks=dict(tabel_01=dict())), "unknown notebook 'tabel_01': did you mean 'table_01'"),
     (dict(notebook=dict()), "unknown key 'notebook': did you mean 'notebooks'"),
     (dict(notebooks=dict(table_01=dict(size=4))), "unknown key 'size'"),
+    (dict(notebooks=["table_01"]), "quick.yml: notebooks=['table_01'] must be a mapping"),
 ])
 def test_profile_that_does_not_fit(project, profile, complaint):
     "What is wrong in a profile is found before anything runs."
@@ -208,13 +209,16 @@ def test_time_limit(project, tmp_path):
     assert status == 1 and "b: timed out" in said and "Raise limit_minutes" in said
 
 
-def test_two_batches_at_once(project, tmp_path):
+@pytest.mark.parametrize("more", [[], ["--fresh"]])
+def test_two_batches_at_once(project, tmp_path, more):
+    "The second is refused, and forgets nothing of the first."
     folder = project(b=waiting(tmp_path))
     first = subprocess.Popen(arguments(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         until(lambda: begun(folder))
-        status, _, error = batch(folder)
-        assert status == 1 and "another batch is writing" in error
+        (folder / "out" / "cache" / "runs").mkdir()
+        status, _, error = batch(folder, *more)
+        assert status == 1 and "another batch is writing" in error and (folder / "out" / "cache" / "runs").exists()
     finally:
         first.send_signal(signal.SIGTERM)
         first.wait(60)
@@ -237,12 +241,18 @@ def test_fresh_and_list(project):
 
 
 def test_on_request(project):
-    "A notebook that a profile marks so runs when it is named, and only then."
+    "A notebook that a profile marks so runs when it is named, and only then. The page of all links to it; once its file is gone, the page forgets it."
     folder = project(dict(notebooks=dict(table_02=dict(on_request=True))), table_01=notebook(), table_02=notebook())
     status, said, _ = batch(folder)
     assert status == 0 and "1 of 1 notebooks done" in said and "1 more run on request" in said and "table_02  " not in said
     status, said, _ = batch(folder, "--only", "table_02")
     assert status == 0 and "table_02  done" in said
+    shutil.rmtree(folder / "out" / "notebooks")
+    page = lambda: batch(folder, "--page")[0] == 0 and (folder / "out" / "index.html").read_text()
+    assert 'href="../nbs/experiments/table_02.ipynb"' in page()
+    (folder / "nbs" / "experiments" / "table_02.ipynb").unlink()
+    project()
+    assert "table_02" not in page() and "table_01" in page()
 
 
 def test_help():
@@ -267,7 +277,7 @@ def test_profiles_fit(profile):
     home = Path(__file__).parent.parent / "nbs" / "experiments"
     experiments, content = find_experiments(home), load_profile(profile, home / "profiles")
     assert len(plan(experiments, content, "..")) == len(experiments)
-    assert profile == "smoke" or not (left_out := experiments.keys() - content["notebooks"].keys()), f"{profile} does not name {', '.join(sorted(left_out))}"
+    assert not (silent := [n for n in experiments if not ((content["notebooks"].get(n) or {}).get("seconds") or 0) > 0]), f"{profile} does not say how long these take: {', '.join(silent)}"
 
 
 def test_plan_of_the_paper(tmp_path):

@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['TYPES', 'WORDS', 'PROFILE_KEYS', 'JOB_KEYS', 'QUIET', 'INDEX', 'PAGE', 'app', 'Parameter', 'read_parameters',
-           'check_parameters', 'Experiment', 'read_experiment', 'find_experiments', 'chosen', 'Job', 'load_profile',
-           'plan', 'with_values', 'execute', 'kill_tree', 'tidy', 'can_fork', 'shared_imports', 'ForkedKernel',
-           'Starter', 'thumbnail', 'notebook_html', 'write_summary', 'Outcome', 'Batch', 'first_lines', 'main',
-           'use_engine', 'show_plan', 'show_list']
+           'check_parameters', 'Experiment', 'read_experiment', 'find_experiments', 'chosen', 'Job', 'check_keys',
+           'load_profile', 'plan', 'with_values', 'execute', 'kill_tree', 'tidy', 'can_fork', 'shared_imports',
+           'ForkedKernel', 'Starter', 'thumbnail', 'notebook_html', 'write_summary', 'Outcome', 'Batch', 'first_lines',
+           'main', 'use_engine', 'show_plan', 'show_list']
 
 # %% ../nbs/82_reproduce.ipynb #def18870
-import ast, base64, fcntl, functools, hashlib, importlib, io, json, math, multiprocessing, os, re, shutil, signal, socket, subprocess, sys, tempfile, threading, time, tokenize, traceback
+import ast, base64, fcntl, functools, hashlib, importlib, io, json, multiprocessing, os, re, shutil, signal, socket, subprocess, sys, tempfile, threading, time, tokenize, traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from multiprocessing import forkserver, reduction
 from pathlib import Path
@@ -26,7 +26,7 @@ import typer
 import yaml
 
 from .files import write_atomic
-from .runs import ENGINES, atomic_json, canonical, code_hash, human_time, nearest
+from .runs import ENGINES, atomic_json, canonical, code_hash, fits, human_time, nearest
 
 # %% ../nbs/82_reproduce.ipynb #8fa486e7
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def find_experiments(folder: str | Path | None = None) -> dict[str, Experiment]:
 
 
 def chosen(experiments: dict[str, Experiment], only: Sequence[str]) -> dict[str, Experiment]:
-    "Those whose name is, or begins with, one of `only`. ValueError suggests the nearest name."
+    "Those that `only` names; the first parts of a name are enough, as in table_02 or figure_04. ValueError suggests the nearest name."
     picked = []
     for name in only:
         hits = [name] if name in experiments else [n for n in experiments if re.match(re.escape(name.removesuffix(".ipynb")) + r"(?![a-zA-Z0-9])|" + re.escape(name) + r"[a-z]?_", n)]
@@ -160,21 +160,29 @@ class Job:
     def name(self) -> str: return self.experiment.name
 
 
-PROFILE_KEYS = ("description", "all", "notebooks", "limit_minutes")
-JOB_KEYS = ("seconds", "limit_minutes", "parameters", "on_request")
+PROFILE_KEYS = dict(description=str, all=dict, notebooks=dict, limit_minutes=float)
+JOB_KEYS = dict(seconds=float, limit_minutes=float, parameters=dict, on_request=bool)
+
+def check_keys(values: dict, known: dict[str, type], # key -> type of its value; a mapping may also be left empty
+               where: str, hint: str = "") -> None:
+    "ValueError for a key that does not exist, and for a value of another type."
+    for key, value in values.items():
+        if key not in known: raise ValueError(f"{where}: {nearest(key, known, 'key')}{hint}")
+        if not fits(value, known[key] | None if known[key] is dict else known[key]): raise ValueError(f"{where}: {key}={value!r} must be {WORDS[known[key].__name__]}.")
+
 
 def load_profile(name: str, folder: str | Path) -> dict:
-    "A profile's content. ValueError for an unknown profile or a key that profiles do not have."
+    "A profile's content. ValueError for an unknown profile, a key that profiles do not have, or a value that cannot be."
     folder = Path(folder)
     path = folder / f"{name}.yml"
     if not path.exists(): raise ValueError(nearest(name, [p.stem for p in folder.glob("*.yml")], "profile"))
     try: profile = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as e: raise ValueError(f"{path.name} is not YAML: {e}") from None
-    for key in profile:
-        if key not in PROFILE_KEYS: raise ValueError(f"{path.name}: {nearest(key, PROFILE_KEYS, 'key')}")
-    for notebook, entry in (profile.get("notebooks") or {}).items():
-        for key in entry or {}:
-            if key not in JOB_KEYS: raise ValueError(f"{path.name}, {notebook}: {nearest(key, JOB_KEYS, 'key')} (Parameters stand under `parameters`.)")
+    if not isinstance(profile, dict): raise ValueError(f"{path.name} must be a mapping with the keys {', '.join(PROFILE_KEYS)}.")
+    check_keys(profile, PROFILE_KEYS, path.name)
+    notebooks = profile.get("notebooks") or {}
+    check_keys(notebooks, dict.fromkeys(notebooks, dict), f"{path.name}, notebooks")
+    for notebook, entry in notebooks.items(): check_keys(entry or {}, JOB_KEYS, f"{path.name}, {notebook}", " (Parameters stand under `parameters`.)")
     return profile
 
 
@@ -467,7 +475,8 @@ def write_summary(batch: "Batch") -> Path:
     out, before = batch.out, {}
     try: before = json.loads((out / "results" / "batch.json").read_text())
     except (OSError, ValueError): pass
-    kept, sittings = before.pop("jobs", {}), before.pop("sittings", [])
+    known = {j.name: j.experiment for j in batch.jobs} | dict(batch.experiments or {})
+    kept, sittings = {n: entry for n, entry in before.pop("jobs", {}).items() if n in known or batch.experiments is None}, before.pop("sittings", [])
     for job in batch.jobs:
         if (o := batch.outcomes.get(job.name)) is None: continue
         entry = dict(status="done" if o.status == "kept" else o.status, seconds=round(o.seconds, 1) if o.status != "kept" else kept.get(job.name, {}).get("seconds"), error=o.error, traceback="\n".join(first_lines(o.traceback)), sittings=_sittings(o, kept.get(job.name, {}), batch.sitting),
@@ -478,22 +487,28 @@ def write_summary(batch: "Batch") -> Path:
             except Exception as e: entry["error"] = entry["error"] or f"its HTML page could not be made ({type(e).__name__}: {e})"
         kept[job.name] = entry
     waiting = {j.name: dict(status="waiting", title=j.experiment.title, claim="", parameters={}) for j in batch.jobs}
-    sources = {j.name: os.path.relpath(j.experiment.path.resolve(), out.resolve()) for j in batch.jobs}
+    sources = {n: os.path.relpath(e.path.resolve(), out.resolve()) for n, e in known.items()}
     items = [_item(out, n, entry, batch.result(n), sources.get(n)) for n, entry in (waiting | kept).items()]
     items.sort(key=lambda i: ({"table": 0, "figure": 1}.get(i["name"].split("_")[0], 2), i["name"]))
     batch.facts = batch.facts or (before if before and not batch.outcomes else _facts())
     where = batch.facts
-    mine = dict(started=batch.sitting, seconds=round(time.monotonic() - batch.began, 1), notebooks=sum(o.status in ("done", "failed", "timed out") for o in batch.outcomes.values()), at_once=batch.workers, commit=where["commit"], dirty=where["dirty"])
+    mine = dict(started=batch.sitting, seconds=round(time.monotonic() - batch.began, 1), notebooks=sum(o.status in ("done", "failed", "timed out") for o in batch.outcomes.values()), at_once=batch.workers, device=where["device"], commit=where["commit"], dirty=where["dirty"])
     counted = {s for entry in kept.values() for s in entry.get("sittings", [])}
     sittings = [s for s in [*(s for s in sittings if s["started"] != batch.sitting), mine] if s["started"] in counted]
     wall = human_time(sum(s["seconds"] for s in sittings)) + (f" in {len(sittings)} sittings" if len(sittings) > 1 else "")
     atomic_json(out / "results" / "batch.json", where | dict(profile=batch.profile, sittings=sittings, jobs=kept))
     count = lambda badge: sum(i["badge"] == badge and i["status"] == "done" for i in items)
-    facts = {"claims": f"{count('holds')} hold, {count('partly')} hold partly, {count('no')} do not", "commit": (where["commit"] or "none")[:10] + (" with changes" if where["dirty"] else "" if where["dirty"] is False or not where["commit"] else ", changes not known"), "device": where["device"], "torch": where["packages"]["torch"], "finished": where["started"][:10]} | ({"time": wall} if sittings else {}) | {"sum over notebooks": human_time(sum(j.get("seconds") or 0 for j in kept.values()))}
+    facts = {"claims": f"{count('holds')} hold, {count('partly')} hold partly, {count('no')} do not", "commit": _commits(sittings or [where]), "device": ", ".join(dict.fromkeys(s["device"] for s in sittings if "device" in s)) or where["device"], "torch": where["packages"]["torch"], "last sitting": (sittings or [where])[-1]["started"][:10]} | ({"time": wall} if sittings else {}) | {"sum over notebooks": human_time(sum(j.get("seconds") or 0 for j in kept.values()))}
     return write_atomic(out / "index.html", INDEX.render(profile=batch.profile, description=batch.description, items=items, done=sum(i["status"] == "done" for i in items), facts=facts))
 
 
 def _newer(made: Path, source: Path) -> bool: return made.exists() and made.stat().st_mtime_ns > source.stat().st_mtime_ns
+
+
+def _commits(sittings: Sequence[dict]) -> str:
+    "All commits, and whether there were changes that none of them has."
+    changed = " with changes" if any(s["dirty"] for s in sittings) else ", changes not known" if any(s["commit"] and s["dirty"] is None for s in sittings) else ""
+    return ", ".join(dict.fromkeys((s["commit"] or "none")[:10] for s in sittings)) + changed
 
 
 def _sittings(outcome: "Outcome", before: dict, now: str) -> list[str]:
@@ -535,8 +550,9 @@ class Batch:
     "Jobs of one profile and the folder they write to. A script that calls `run` must do so under `if __name__ == '__main__':`, since notebooks may start as processes of multiprocessing."
     def __init__(self, profile: str, jobs: Sequence[Job], out: str | Path, workers: int = 1, echo: Callable[[str], None] = print,
                  description: str = "", # of the profile, for the page
+                 experiments: Mapping[str, Experiment] | None = None, # all that there are, for the page: it drops results of others; None: it keeps them
                 ):
-        self.profile, self.jobs, self.out, self.workers, self.echo, self.description = profile, list(jobs), Path(out), workers, echo, description
+        self.experiments, self.profile, self.jobs, self.out, self.workers, self.echo, self.description = experiments, profile, list(jobs), Path(out), workers, echo, description
         self.outcomes: dict[str, Outcome] = {}
         self.facts: dict = {} # about the machine and the code, for the page
         self.stop, self.began, self.sitting = threading.Event(), time.monotonic(), datetime.now(timezone.utc).isoformat(timespec="milliseconds")
@@ -557,8 +573,12 @@ class Batch:
     def notebook(self, job: Job) -> Path: return self.out / "notebooks" / f"{job.name}.ipynb"
 
     def forget(self, everything: bool) -> None:
-        "What --fresh does: delete the cache, or only the marks and runs of the chosen jobs."
-        if everything: shutil.rmtree(self.out / "cache"); (self.out / "cache" / "done").mkdir(parents=True); (self.out / "cache" / ".gitignore").write_text("*\n")
+        "What --fresh does, for who holds the lock: delete what is in the cache, or only the marks of the chosen jobs and the runs of their last results."
+        for part in list((self.out / "cache").iterdir()) if everything else ():
+            if part.name in (".batch.lock", ".gitignore"): continue
+            if part.is_dir() and not part.is_symlink(): shutil.rmtree(part)
+            else: part.unlink()
+        (self.out / "cache" / "done").mkdir(exist_ok=True)
         for job in self.jobs:
             (self.out / "cache" / "done" / f"{job.name}.json").unlink(missing_ok=True)
             try: runs = json.loads((self.out / "results" / f"{job.name}.json").read_text())["runs"]
@@ -635,9 +655,12 @@ class Batch:
     @property
     def failed(self) -> list[Outcome]: return [o for o in self.outcomes.values() if o.status not in ("done", "kept")]
 
-    def run(self) -> int: # exit status: 0, 1 if a notebook failed, 130 if interrupted
+    def run(self, fresh: bool = False, # begin with `forget`
+            everything: bool = False, # what it forgets
+           ) -> int: # exit status: 0, 1 if a notebook failed, 130 if interrupted
         "All jobs; then the summary page and the closing lines."
         with self.locked() as lock:
+            if fresh: self.forget(everything)
             self.starter = Starter(lock.fileno(), [j.experiment for j in self.jobs if not self.is_done(j)], self.threads, self.echo)
             pool = ThreadPoolExecutor(self.workers)
             old = signal.signal(signal.SIGTERM, _interrupt) if threading.current_thread() is threading.main_thread() else None
@@ -713,7 +736,7 @@ _EXAMPLES = """**Examples**
 
 `ucdm-reproduce --list` — what there is, and what is done
 
-`ucdm-reproduce --only table_02 figure_11` — two items (the beginning of a name is enough)
+`ucdm-reproduce --only table_02 figure_11` — two items (the first parts of a name are enough)
 
 `ucdm-reproduce --profile standard --only table_02 --set 'mismatches=[0.6]' --set 'seeds=[0]'` — a part of a table first
 
@@ -729,10 +752,10 @@ _EXAMPLES = """**Examples**
 @app.command(help=_HELP, epilog=_EXAMPLES)
 def main(more: list[str] = typer.Argument(None, help="Further names for --only.", metavar="[NAME]...", show_default=False),
          profile: str = typer.Option("quick", "--profile", "-p", help="Which YAML file of nbs/experiments/profiles to use."),
-         only: list[str] = typer.Option(None, "--only", "-o", help="Run only these notebooks. The beginning of a name is enough: table_02.", show_default=False),
+         only: list[str] = typer.Option(None, "--only", "-o", help="Run only these notebooks. The first parts of a name are enough: table_02, figure_04.", show_default=False),
          values: list[str] = typer.Option(None, "--set", "-s", metavar="NAME=VALUE", help="Give the notebooks another value for a parameter than the profile does: --set 'seeds=[0]'. May be repeated.", show_default=False),
          jobs: int = typer.Option(1, "--jobs", "-j", min=1, help="Notebooks to run at the same time; they share the processor's cores. Leave it at 1 with one GPU."),
-         resume: bool = typer.Option(True, "--resume/--fresh", help="Skip what is done and go on with what is not; or compute everything again (with --only: those notebooks and their runs; generated pairs stay)."),
+         resume: bool = typer.Option(True, "--resume/--fresh", help="Skip what is done and go on with what is not; or compute everything again (with --only: those notebooks, and the runs of their last results; generated pairs and generators stay)."),
          listing: bool = typer.Option(False, "--list", "-l", help="Show the notebooks, their parameters in this profile, and what is done; run nothing."),
          page: bool = typer.Option(False, "--page", help="Write the summary page again, of what is there (with the executed notebooks left out, say, as in a repository); run nothing."),
          planning: bool = typer.Option(False, "--plan", help="Add up what would be computed (runs, pairs, UNet evaluations, disk, hours), less what is there already; run nothing."),
@@ -755,16 +778,15 @@ def main(more: list[str] = typer.Argument(None, help="Further names for --only."
         picked = [j for j in everything if j.name in picked and (only or listing or not j.on_request)]
         if planning: show_plan(profile, picked, out / "cache", rate, training_rate); return
         if engine not in ENGINES: raise ValueError(nearest(engine, ENGINES, "engine"))
-        batch = Batch(profile, picked, out, jobs, lambda line: print(line, flush=True), content.get("description", ""))
+        batch = Batch(profile, picked, out, jobs, lambda line: print(line, flush=True), content.get("description", ""), experiments)
         if listing: show_list(batch); return
         if page:
             with batch.locked(): print(f"Summary: {batch.write_page()}")
             return
         use_engine(engine, out / "cache", address, task_cpus, task_gpus)
-        if not resume: batch.forget(everything=not only)
         waiting = len(experiments) - len(batch.jobs) if not only else 0
         print(f"profile {profile}: {len(batch.jobs)} notebooks, results in {out}" + (f"; {waiting} more run on request (--only NAME; see --list)" if waiting else ""), flush=True)
-        status = batch.run()
+        status = batch.run(fresh=not resume, everything=not only)
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as e: print(f"ucdm-reproduce: {e}", file=sys.stderr); raise typer.Exit(2)
     except (RuntimeError, OSError) as e: print(f"ucdm-reproduce: {e}", file=sys.stderr); raise typer.Exit(1)
     raise typer.Exit(status)
