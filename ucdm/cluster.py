@@ -63,8 +63,8 @@ def connect(address: str | None = None, # "HOST:6379", "ray://HOST:10001", or "a
 
 
 def facts(token: str) -> dict:
-    "What a machine is like: its versions, and whether it sees a file."
-    return dict(host=platform.node(), python=".".join(platform.python_version_tuple()[:2]), code=code_hash(), sees=Path(token).exists())
+    "What a machine is like: its code, and whether it sees a file."
+    return dict(host=platform.node(), code=code_hash(), sees=Path(token).exists())
 
 
 def nodes(ray) -> list[dict]:
@@ -236,10 +236,10 @@ def fill_stores(stores: dict[str, "PairStore"], # kind -> store
             for kind, x in made.items(): stores[kind].append(group, torch.from_numpy(x.copy()))
 
 # %% ../nbs/86_cluster.ipynb #4a98f4fb
-def compute_run(env, modules, spec: RunSpec, cache: str, fresh: bool, root, progress: bool) -> RunResult:
+def compute_run(env, modules, spec: RunSpec, cache: str, root, progress: bool) -> RunResult:
     "What a worker does for a run."
     set_up(env, modules)
-    return run(spec, cache, fresh, root, progress)
+    return run(spec, cache, False, root, progress)
 
 
 def compute_runs(specs: dict[int, RunSpec], # position -> run, all different
@@ -256,7 +256,10 @@ def compute_runs(specs: dict[int, RunSpec], # position -> run, all different
             try:
                 if get_method(spec.method).uses_pairs: stock_pairs(spec, folder, root)
             except Exception as e: failed.append((i, e))
-            else: yield i, (carried(connect()), modules, located(spec), str(folder), fresh, root and str(Path(root).resolve()), progress)
+            else:
+                if fresh:
+                    for old in (folder / "runs" / f"{spec_hash(spec)}.json", folder / "partial" / spec_hash(spec)): old.unlink(missing_ok=True)
+                yield i, (carried(connect()), modules, located(spec), str(folder), root and str(Path(root).resolve()), progress)
     for i in sorted(there):
         try: yield i, run(specs[i], folder, False, root, progress)
         except Exception as e: yield i, e

@@ -135,10 +135,11 @@ class Pool:
     def evaluations(self) -> int: return evaluations(self.missing, pair_config(self.spec), (self.kind,))
 
 
+def _asks_generator(spec: RunSpec) -> bool: return (method := get_method(spec.method)).uses_prior and not method.uses_pairs
+
 def own_evaluations(spec: RunSpec, n_test: int, n_known: int) -> int:
     "Network evaluations of a run beside its pairs: those of a method that classifies with the generator."
-    method, c = get_method(spec.method), method_config(spec)
-    return n_test * (n_known + 1) * c.draws if method.uses_prior and not method.uses_pairs else 0
+    return n_test * (n_known + 1) * method_config(spec).draws if _asks_generator(spec) else 0
 
 
 @dataclass
@@ -150,6 +151,7 @@ class Plan:
     kept: int                  # of the runs, those with a result
     rehearsals: list[Rehearsal]
     blank: list[str]           # data sets of which only the numbers were used
+    priors: list[str]          # generators that have something to do
 
     @property
     def evaluations(self) -> int: return int(self.rows.evaluations.sum())
@@ -175,7 +177,9 @@ def make_plan(jobs: Sequence[Job], cache: Path | str, say: Callable[[str], None]
         rows.append(row)
     asked = {s.dataset for r in rehearsals for s in [*r.runs, *r.pair_sets]}
     with sizes_only(real): blank = sorted(d for d in asked if isinstance(runs._dataset(d, "train", None), Sizes))
-    return Plan(pd.DataFrame(rows).set_index("notebook"), list(pools.values()), seen, kept, rehearsals, blank)
+    priors = sorted({p.spec.prior for p in pools.values() if p.missing} | {s.prior for h, s in seen.items() if _asks_generator(s) and not (cache / "runs" / f"{h}.json").exists()})
+    columns = ["notebook", "runs", "new", "images", "evaluations", "passes"]
+    return Plan(pd.DataFrame(rows, columns=columns).set_index("notebook"), list(pools.values()), seen, kept, rehearsals, blank, priors)
 
 
 def _count(spec, trains, row, pools, seen, cache) -> bool: # whether its result is there
@@ -241,8 +245,7 @@ def describe_plan(plan: Plan,
               f"UNet evaluations   {plan.evaluations:,}" + (f", {for_pairs:,} of them for pairs, the others by methods that classify with the generator" if for_pairs < plan.evaluations else ""),
               f"disk               {plan.bytes / 1e9:,.1f} GB of pairs, {plan.rows.new.sum() * 3e4 / 1e9:,.2f} GB of results"]
     if plan.evaluations:
-        priors = sorted({p.spec.prior for p in plan.pools if p.missing} | {s.prior for s in plan.runs.values() if get_method(s.method).uses_prior})
-        source, unknown = "given", ""
+        priors, source, unknown = plan.priors, "given", ""
         if rate is None:
             if len(priors) > 1: unknown = f"there are several generators ({', '.join(priors)})"
             elif not is_here(priors[0]): unknown = f"{priors[0]} is not on this machine"
