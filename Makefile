@@ -64,11 +64,20 @@ bench: $(READY) ## speeds on this machine
 	$(BIN)/python -m ucdm.bench_store
 
 hooks: $(READY) ## let git merge notebooks cell by cell (nbdev_merge) in this clone
-	git config --local merge.nbdev-merge.name "notebooks cell by cell"
-	git config --local merge.nbdev-merge.driver "'$(CURDIR)/$(BIN)/nbdev_merge' %O %A %B %P"
-	echo '*.ipynb merge=nbdev-merge' > "$$(git rev-parse --git-path info/attributes)"
-	printf '#!/bin/sh\nexec "%s/nbdev_trust" nbs\n' '$(CURDIR)/$(BIN)' > "$$(git rev-parse --git-path hooks/post-merge)"
-	chmod +x "$$(git rev-parse --git-path hooks/post-merge)"
+	@set -e; attributes="$$(git rev-parse --git-path info/attributes)"; hook="$$(git rev-parse --git-path hooks/post-merge)"; \
+	if [ "$$(git rev-parse --git-path hooks)" != "$$(git rev-parse --git-common-dir)/hooks" ]; then \
+	  echo "git takes its hooks from $$(git rev-parse --git-path hooks) (core.hooksPath), which is not this clone's own folder; nothing was changed. Let core.hooksPath be unset here first." >&2; exit 1; \
+	fi; \
+	if [ -e "$$hook" ] && ! grep -q '/nbdev_trust" nbs$$' "$$hook"; then \
+	  echo "there is another $$hook; nothing was changed. Move it away, or add to it: \"$(CURDIR)/$(BIN)/nbdev_trust\" nbs" >&2; exit 1; \
+	fi; \
+	git config --local merge.nbdev-merge.name "notebooks cell by cell"; \
+	git config --local merge.nbdev-merge.driver "'$(CURDIR)/$(BIN)/nbdev_merge' %O %A %B %P"; \
+	mkdir -p "$$(dirname "$$attributes")" "$$(dirname "$$hook")"; \
+	grep -qxF '*.ipynb merge=nbdev-merge' "$$attributes" 2>/dev/null || printf '\n%s\n' '*.ipynb merge=nbdev-merge' >> "$$attributes"; \
+	if [ ! -e "$$hook" ] || sed -n 2p "$$hook" | grep -q '^exec ".*/nbdev_trust" nbs$$'; then \
+	  printf '#!/bin/sh\nexec "%s/nbdev_trust" nbs\n' '$(CURDIR)/$(BIN)' > "$$hook"; chmod +x "$$hook"; \
+	fi
 
 clean: ## remove docs, caches and smoke outputs (outputs/quick stays)
 	rm -rf _docs _proc build dist .pytest_cache outputs/smoke nbs/nbdev.yml

@@ -128,8 +128,14 @@ def clean():
 def notebooks():
     "Every notebook of the library runs from top to bottom."
     status, text = run("nbdev_test", "--n_workers", "2", "--timing", "--do_print", OMP_NUM_THREADS="1")
+    return notebooks_ran(status, text, len(NOTEBOOKS) - len(EXPERIMENTS))
+
+
+def notebooks_ran(status, text, total):
+    "What nbdev_test says of the notebooks, in a line."
     failed = re.findall(r"^\t(\S+\.ipynb)$", text, re.M)
-    total = len(NOTEBOOKS) - len(EXPERIMENTS)
+    if status and not failed:
+        return False, f"nbdev_test ended with status {status} and named no notebook"
     return status == 0, f"{total - len(failed)} of {total} notebooks ran" + "".join(f", not {name}" for name in failed)
 
 

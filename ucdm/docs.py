@@ -7,7 +7,7 @@ __all__ = ['app', 'rebase_links', 'readme_text', 'mathml', 'results_section', 'p
            'broken_links', 'build_site', 'build', 'readme']
 
 # %% ../nbs/90_docs.ipynb #1dd0b7e0
-import ast, html, json, os, posixpath, re, shutil, sys, tempfile
+import ast, html, json, os, posixpath, re, shutil, sys
 from html.parser import HTMLParser
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
