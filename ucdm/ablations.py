@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'SPAN', 'ONE_SEED', 'vary', 'run_variants', 'variants_frame', 'variants_table', 'mean_of_variant',
-           'variants_figure', 'curve_figure', 'better', 'alike', 'best_check']
+           'variants_figure', 'curve_figure', 'better', 'better_check', 'alike', 'best_check']
 
 # %% ../nbs/85_ablations.ipynb #dd950c6f
 import math
@@ -112,6 +112,12 @@ def better(frame: pd.DataFrame, a: str, b: str, metric: str = "balance") -> tupl
     values = [frame[(frame.variant == v) & (frame.metric == metric)].set_index("seed").value for v in (a, b)]
     higher, error = is_higher(*values)
     return higher, ", ".join(f"{v} {spread(x.tolist())[0]:.1f}" for v, x in zip((a, b), values)) + (f" ({ONE_SEED})" if higher is None else f" (standard error of the difference {error:.1f})")
+
+
+def better_check(frame: pd.DataFrame, a: str, b: str, claim: str, metric: str = "balance") -> Check:
+    "Check that one variant is better than another."
+    holds, said = better(frame, a, b, metric)
+    return Check(claim, holds, said + ".")
 
 
 def alike(frame: pd.DataFrame, a: str, b: str) -> bool:
