@@ -99,7 +99,7 @@ def rehearse(job: Job, real: bool = False) -> Rehearsal: # `real`: prefer data s
             if reason and reason not in found.more: found.more.append(reason)
             raise Curtain
         return stand_in
-    stand_ins = {"runs.run_many": noted_runs, "ablations.run_many": noted_runs, "runs.pair_set": noted_pairs} | {name: ends(reason) for reason, names in COSTS.items() for name in names}
+    stand_ins = {"runs.run_many": noted_runs, "ablations.run_many": noted_runs, "comparisons.run_many": noted_runs, "runs.pair_set": noted_pairs} | {name: ends(reason) for reason, names in COSTS.items() for name in names}
     cells = [c for c in json.loads(job.experiment.path.read_text())["cells"] if c["cell_type"] == "code"]
     place, here, raised = {"__name__": "rehearsal"}, os.getcwd(), False
     with ExitStack() as stage, tempfile.TemporaryDirectory(prefix="ucdm-") as nowhere:

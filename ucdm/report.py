@@ -497,6 +497,7 @@ def measured_vs_paper(results: Iterable[RunResult], # what was measured
         why = [f"{method_label(m)} ({'floor' if m == 'supervised' else 'ceiling'})" if m in REFERENCES else f"{method_label(m)} (tested on other numbers of images: {sizes[m]})" for m in unranked]
         said.append(f"Not ranked: {'; '.join(why)}.")
     if with_rule: said.append('Rows with a rule are not ranked: a closed-set method says "other" below a threshold on the confidence or energy of its answer, which its unlabelled training images set.')
+    if ((frame.source == "measured") & (frame.n == 0) & (frame.note == "")).any(): said.append("– without a run so far.")
     said += [f"‡ {method_label(m)} needs at least {needs[m]} known classes." for m in methods if ((frame.method == m) & frame.note.str.startswith("needs")).any()]
     if (frame.note == "unusable").any(): said.append("† As printed, but unusable: " + " ".join(f"{method_label(s.method)}, {s.where}: {s.what}" for s in SLIPS[(SLIPS.table == table) & (SLIPS.use == "unusable")].itertuples()))
     return Table(frame, cells, " ".join(said), marks)

@@ -9,8 +9,8 @@ __all__ = ['METHODS', 'RESULT_VERSION', 'SPEED_ONLY', 'LOAD_UP_TO', 'ENGINES', '
            'code_hash', 'cache_folder', 'locked', 'say', 'human_time', 'atomic_json', 'mark_done', 'CorruptResult',
            'checked_json', 'run_prior', 'run_split', 'pool_folder', 'pair_set', 'stock_pairs', 'engine', 'ids_tensor',
            'watched', 'labelled_seeds', 'provenance', 'device_name', 'peak_memory_mb', 'git_state', 'RunResult',
-           'labelling_rounds', 'run', 'read_result', 'RunsFailed', 'check_labels', 'run_many', 'ucdm_passes',
-           'equal_passes', 'training_passes', 'passes_note']
+           'labelling_rounds', 'run', 'read_result', 'RunsFailed', 'check_labels', 'finished', 'run_many',
+           'ucdm_passes', 'equal_passes', 'training_passes', 'passes_note']
 
 # %% ../nbs/80_runs.ipynb #a1bf5bcc
 import ast, difflib, fcntl, hashlib, importlib, inspect, json, math, os, pkgutil, platform, re, resource, subprocess, sys, threading, time, types, typing, warnings
@@ -661,6 +661,15 @@ def check_labels(specs: Iterable[RunSpec],
         checked.add(problem)
         try: labelled_subset(run_split(spec, root), _dataset(spec.dataset, "train", root), per_class)
         except ValueError as e: raise ValueError(f"{spec}: {e}") from None
+
+
+def finished(specs: Sequence[RunSpec],
+             cache: str | Path | None = None) -> list[RunSpec]: # in the order of `specs`
+    "Those runs whose results are there. ValueError if there is none."
+    runs = cache_folder(cache) / "runs"
+    there = [s for s in specs if (runs / f"{spec_hash(s)}.json").exists()]
+    if not there: raise ValueError(f"none of these {len(specs)} runs is finished: {runs} holds no result of theirs. Compute some first (finished_only=False, fewer methods or seeds).")
+    return there
 
 
 def run_many(specs: Sequence[RunSpec],
