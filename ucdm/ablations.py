@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from .report import METRIC_LABELS, PLUS_MINUS, Check, Table, best_two, draw_interval, every, is_higher, mean_text, spread
-from .runs import RunResult, RunSpec, nearest, run_many
+from .runs import RunResult, RunSpec, finished, nearest, run_many
 
 # %% ../nbs/85_ablations.ipynb #8092925e
 def vary(base: RunSpec, # what all variants have in common
@@ -27,12 +27,18 @@ def vary(base: RunSpec, # what all variants have in common
 
 
 def run_variants(base: RunSpec, variants: Mapping[str, Mapping], # name -> overrides
-                 seeds: Sequence[int] = (0,), **kwargs # for `run_many`
+                 seeds: Sequence[int] = (0,),
+                 finished_only: bool = False, # compute nothing, take the runs that are there
+                 **kwargs # for `run_many`
                 ) -> dict[str, list[RunResult]]: # name -> a result a seed
-    "Run every variant with every seed. RunsFailed, after all were tried, if some could not be computed."
-    specs = [replace(vary(base, overrides), seed=s) for overrides in variants.values() for s in seeds]
-    results = run_many(specs, **kwargs)
-    return {name: results[i * len(seeds):(i + 1) * len(seeds)] for i, name in enumerate(variants)}
+    "Run every variant with every seed. RunsFailed, after all were tried, if some could not be computed; ValueError for a variant without a finished run, if nothing is to be computed."
+    specs = {name: [replace(vary(base, overrides), seed=s) for s in seeds] for name, overrides in variants.items()}
+    if finished_only:
+        there = finished(sum(specs.values(), []), kwargs.get("cache"))
+        specs = {name: [s for s in own if s in there] for name, own in specs.items()}
+        if lacking := [name for name, own in specs.items() if not own]: raise ValueError(f"nothing is finished yet of {', '.join(lacking)}: compute a run of each first, with finished_only=False and one seed.")
+    results = iter(run_many(sum(specs.values(), []), **kwargs))
+    return {name: [next(results) for _ in own] for name, own in specs.items()}
 
 # %% ../nbs/85_ablations.ipynb #8e31ef85
 METRICS = ("closed", "known", "unknown", "new", "balance")
