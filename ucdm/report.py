@@ -21,7 +21,6 @@ import pandas as pd
 import seaborn as sns
 from IPython.display import Markdown
 from matplotlib.collections import LineCollection
-from matplotlib.image import AxesImage, BboxImage
 from matplotlib.transforms import IdentityTransform
 from PIL import Image
 
@@ -246,19 +245,21 @@ def save_figure(fig, # a matplotlib figure
                 name: str, # without suffix
                 out: str | Path, # folder of the batch
                ) -> str: # "figures/<name>.png", relative to `out`
-    "Save as SVG and PNG under `out`/figures. A PNG without pictures in it gets a palette of 256 colours, with which it is a third as large and looks the same."
-    pictures = fig.findobj(lambda artist: isinstance(artist, (AxesImage, BboxImage)))
+    "Save as SVG and PNG under `out`/figures. Plots and grey pictures look the same with a palette of 256 colours, a third to a half as large; where a pixel would be off by more than 10 of 255 levels, as in coloured pictures, the PNG keeps all colours."
     for kind, metadata in dict(svg={"Date": None}, png={"Software": None}).items():
         drawn = io.BytesIO()
         fig.savefig(drawn, format=kind, metadata=metadata)
-        if kind == "png" and not pictures: drawn = _with_palette(drawn)
+        if kind == "png": drawn = _compressed(drawn)
         write_atomic(Path(out) / "figures" / f"{name}.{kind}", drawn.getvalue())
     return f"figures/{name}.png"
 
 
-def _with_palette(png: io.BytesIO) -> io.BytesIO:
+def _compressed(png: io.BytesIO) -> io.BytesIO:
     drawn, small = Image.open(png), io.BytesIO()
-    drawn.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(small, "PNG", optimize=True, dpi=drawn.info["dpi"])
+    whole = drawn.convert("RGB")
+    few = whole.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    off = np.abs(np.asarray(whole, int) - np.asarray(few.convert("RGB"), int)).max()
+    (few if off <= 10 else whole).save(small, "PNG", optimize=True, dpi=drawn.info["dpi"])
     return small
 
 
