@@ -87,6 +87,8 @@ _TITLE = re.compile(r"\A(# [^\n]*\n(?:\s*\n)*(?:>[^\n]*(?:\n|\Z))?)(.*)\Z", re.S
 _EXPORT = re.compile(r"\A((?:#\|[^\n]*\n)*?#\|[ \t]*)export([is]?)\b")
 _HIDE = re.compile(r"^#\|[ \t]*hide\s*$", re.M)
 _LINK_IN_LINK = re.compile(r"\[\[(`[^`]+`)\]\([^)]*\)\]\(")
+_FENCED = re.compile(r"^```.*?^```", re.M | re.S)
+_LINKED_NAME = re.compile(r"\[(`[^`]+`)\]\([^)]*\)")
 
 def _split_title(nb) -> None:
     "Give the prose below title and summary a cell of its own."
@@ -127,6 +129,11 @@ def _ask_for_docs(nb) -> None:
     module = re.search(r"^#\|\s*default_exp\s+(\S+)", written, re.M)
     if module: nb.cells.insert(0, code(f"#| hide\nfrom ucdm.{module[1]} import *"))
 
+def _unlink_signature(output) -> None:
+    "Names in the comments of a signature stay as they were written: nbdev links them, but code shows a link as its characters."
+    data = output.get("data", {})
+    if "text/markdown" in data: data["text/markdown"] = _FENCED.sub(lambda code: _LINKED_NAME.sub(r"\1", code[0]), _text(data["text/markdown"]))
+
 def _source_last(nb) -> None:
     "Put the folded source of exported functions below their descriptions."
     shown = lambda c: c.cell_type == "code" and "show_doc(" in c.source
@@ -153,7 +160,9 @@ def _prepare_page(job) -> None:
     for cell in nb.cells:
         if not cell.source: continue
         if cell.cell_type == "markdown": cell.source = _LINK_IN_LINK.sub(r"[\1](", cell.source)  # nbdev links a name inside a link too
-        else: cell.source = cell.source.replace("#| code-fold: show", "#| code-fold: true")
+        else:
+            cell.source = cell.source.replace("#| code-fold: show", "#| code-fold: true")
+            for output in cell.get("outputs", []): _unlink_signature(output)
     _source_last(nb)
     if note: nb.cells.insert(1, mk_cell(f"::: {{.run-note}}\n{note}\n:::", "markdown"))  # below the front matter
     if end: nb.cells.append(mk_cell(end, "markdown"))
