@@ -60,8 +60,8 @@ lab: $(READY) ## JupyterLab on the notebooks, saved clean
 	cd nbs && $(CURDIR)/$(BIN)/jupyter lab --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter $(ARGS)
 
 bench: $(READY) ## speeds on this machine
-	$(BIN)/python -m ucdm.bench $(ARGS)
-	$(BIN)/python -m ucdm.bench_store
+	$(BIN)/python -m ucdm.dev.bench $(ARGS)
+	$(BIN)/python -m ucdm.dev.bench_store
 
 hooks: $(READY) ## let git merge notebooks cell by cell (nbdev_merge) in this clone
 	@set -e; attributes="$$(git rev-parse --git-path info/attributes)"; hook="$$(git rev-parse --git-path hooks/post-merge)"; \

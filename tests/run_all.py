@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-EXPERIMENTS = sorted((ROOT / "nbs" / "experiments").glob("[!_]*.ipynb"))
+EXPERIMENTS = sorted((ROOT / "nbs" / "experiments").rglob("[!_]*.ipynb"))
 NOTEBOOKS = [p for p in sorted((ROOT / "nbs").rglob("[!_]*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
 
 
@@ -59,7 +59,9 @@ def code_cells(notebook):
 
 
 def parameter_problems(notebook):
-    "What papermill would misread in the parameters of an experiment: it knows them by a tag and parses them line by line."
+    """What papermill would misread in the parameters of an experiment: it knows them by a tag and parses them line by
+    line.
+    """
     cells = [source for source, tags in code_cells(notebook) if "parameters" in tags]
     if len(cells) != 1:
         return [f"{len(cells)} cells tagged `parameters` instead of one"]
@@ -81,7 +83,11 @@ def parameter_problems(notebook):
 def metadata_problems(notebook):
     "What keeps `papermill NOTEBOOK OUT` from starting (no kernel named), or bloats the file (widget states)."
     keys = set(json.loads(notebook.read_text())["metadata"])
-    return [] if keys == {"kernelspec"} else [f"the metadata must be a kernelspec and nothing else, found {', '.join(sorted(keys)) or 'nothing'}"]
+    return (
+        []
+        if keys == {"kernelspec"}
+        else [f"the metadata must be a kernelspec and nothing else, found {', '.join(sorted(keys)) or 'nothing'}"]
+    )
 
 
 def import_problems(notebook):
@@ -93,7 +99,9 @@ def import_problems(notebook):
         nodes = ast.parse(source).body
         imports = [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
         if imports and len(imports) < len(nodes):
-            problems.append(f"a cell mixes imports and other code; give this a cell of its own: {ast.unparse(imports[0])}")
+            problems.append(
+                f"a cell mixes imports and other code; give this a cell of its own: {ast.unparse(imports[0])}"
+            )
     return problems
 
 
@@ -120,7 +128,9 @@ def clean():
     problems = [f"{p.relative_to(ROOT)}: not clean: run nbdev_clean" for p in dirty]
     problems += [f"{p.relative_to(ROOT)}: {problem}" for p in NOTEBOOKS for problem in metadata_problems(p)]
     problems += [f"{p.relative_to(ROOT)}: {problem}" for p in EXPERIMENTS for problem in parameter_problems(p)]
-    problems += [f"{p.relative_to(ROOT)}: {problem}" for p in NOTEBOOKS if p not in EXPERIMENTS for problem in import_problems(p)]
+    problems += [
+        f"{p.relative_to(ROOT)}: {problem}" for p in NOTEBOOKS if p not in EXPERIMENTS for problem in import_problems(p)
+    ]
     print(*problems, sep="\n", end="\n" if problems else "")
     return status == 0 and not problems, f"{len(NOTEBOOKS)} notebooks"
 
@@ -142,8 +152,21 @@ def notebooks_ran(status, text, total):
 def tests():
     "Processes from outside: kill and resume, command line, bad input."
     workers = min(4, os.cpu_count() or 1)
-    status, text = run("python", "-m", "pytest", "tests", "--durations=5", "-n", str(workers), "--dist", "loadgroup", OMP_NUM_THREADS="1")
-    return status == 0, ", ".join(re.findall(r"\d+ (?:passed|failed|errors?|skipped)", text.splitlines()[-1] if text else "")) + " in pytest"
+    status, text = run(
+        "python",
+        "-m",
+        "pytest",
+        "tests",
+        "--durations=5",
+        "-n",
+        str(workers),
+        "--dist",
+        "loadgroup",
+        OMP_NUM_THREADS="1",
+    )
+    return status == 0, ", ".join(
+        re.findall(r"\d+ (?:passed|failed|errors?|skipped)", text.splitlines()[-1] if text else "")
+    ) + " in pytest"
 
 
 def experiments():

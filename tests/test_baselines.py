@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
-from ucdm.runs import METHODS, RunSpec, get_method, run
+from ucdm.runs.registry import METHODS, get_method
+from ucdm.runs.spec import RunSpec
+from ucdm.runs.run import run
 
 SMALL = dict(depth=10, width=1, batch_size=8, labels_per_class=4, iterations=12, epochs=4)
 SPEC = RunSpec(method="fixmatch", n_seeds=40, n_test=12, train=SMALL | dict(ratio=2, threshold=0.4))
@@ -31,7 +33,12 @@ print("protocols", n, t.run(t.SPEC, {cache!r}, progress=False).protocols)
 
 
 def child(cache, stop=-1):
-    return subprocess.Popen([sys.executable, "-c", CHILD.format(tests=os.path.dirname(__file__), cache=str(cache), stop=stop)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD.format(tests=os.path.dirname(__file__), cache=str(cache), stop=stop)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_killed_and_resumed(tmp_path):
@@ -60,7 +67,10 @@ def test_other_methods_run(tmp_path, method):
 
 def test_what_cannot_be(tmp_path):
     "Too few images for the labels asked for, and a misspelt setting, end in one clear error each."
-    with pytest.raises(ValueError, match="Take fewer labels, or more seeds"): run(RunSpec(method="fixmatch", n_seeds=40, n_test=12), tmp_path, progress=False)
-    with pytest.raises(ValueError, match="did you mean 'threshold'"): run(RunSpec(method="fixmatch", train=dict(treshold=0.9)), tmp_path)
-    with pytest.raises(ValueError, match="FixMatchConfig.threshold must be between 0 and 1"): run(RunSpec(method="fixmatch", train=dict(threshold=95)), tmp_path)
+    with pytest.raises(ValueError, match="Take fewer labels, or more seeds"):
+        run(RunSpec(method="fixmatch", n_seeds=40, n_test=12), tmp_path, progress=False)
+    with pytest.raises(ValueError, match="did you mean 'threshold'"):
+        run(RunSpec(method="fixmatch", train=dict(treshold=0.9)), tmp_path)
+    with pytest.raises(ValueError, match="FixMatchConfig.threshold must be between 0 and 1"):
+        run(RunSpec(method="fixmatch", train=dict(threshold=95)), tmp_path)
     assert get_method("fixmatch") is METHODS["fixmatch"]

@@ -12,19 +12,33 @@ import pytest
 import torch
 from test_reproduce import arguments, notebook, project  # noqa: F401 (a fixture)
 
-from ucdm.data import load_dataset
-from ucdm.pairs import BATCH_LIMIT, KINDS, PairConfig, pair_stores
-from ucdm.runs import RunSpec, grid, pool_folder, run_many, run_split
-from ucdm.store import PairStore, look_over
+from ucdm.data.datasets import load_dataset
+from ucdm.method.generate import BATCH_LIMIT, pair_stores
+from ucdm.method.pairs import KINDS, PairConfig
+from ucdm.runs.spec import RunSpec, grid
+from ucdm.runs.pools import pool_folder, run_split
+from ucdm.runs.many import run_many
+from ucdm.method.pair_store import PairStore, inspect_store
 
-needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install 'ucdm[cluster]'")
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install 'ucdm[cluster]'"
+)
 pytestmark = pytest.mark.xdist_group("cluster")  # one cluster for all of them
-SPEC = RunSpec(n_seeds=12, n_test=10, mismatch=0.5, pairs=dict(steps=2), train=dict(rounds=2, epochs_per_round=2, batch_size=4, depth=10, width=1, precision="float32"))
+SPEC = RunSpec(
+    n_seeds=12,
+    n_test=10,
+    mismatch=0.5,
+    pairs=dict(steps=2),
+    train=dict(rounds=2, epochs_per_round=2, batch_size=4, depth=10, width=1, precision="float32"),
+)
 NODE = dict(include_dashboard=False, object_store_memory=100_000_000)
 
 
 def start_cluster(attempts=4):
-    "A head that computes nothing, and two nodes of one core each. Ray gives a node 30 seconds to appear, which a busy machine can miss: then once more."
+    """A head that computes nothing, and two nodes of one core each.
+
+    Ray gives a node 30 seconds to appear, which a busy machine can miss: then once more.
+    """
     from ray.cluster_utils import Cluster
     for left in reversed(range(attempts)):
         cluster = Cluster()
@@ -75,7 +89,10 @@ def kill_one_when(cluster, condition):
 
 @needs_ray
 def test_node_lost_while_generating(cluster, tmp_path):
-    "One of two nodes is killed after the first shard has arrived. Every seed is there once, and every image is what one worker alone makes."
+    """One of two nodes is killed after the first shard has arrived.
+
+    Every seed is there once, and every image is what one worker alone makes.
+    """
     import ray
 
     from ucdm import cluster as c
@@ -86,23 +103,40 @@ def test_node_lost_while_generating(cluster, tmp_path):
     prior = c.remote_prior(SPEC)
     assert prior.batch_size == BATCH_LIMIT["cpu"]
     stores = pair_stores({kind: tmp_path / kind for kind in KINDS}, prior.fingerprint, "embedded", classes, config, ids)
-    thread, killed = kill_one_when(cluster, lambda: len(PairStore(tmp_path / "negative").index()) >= 1 and ray.available_resources().get("CPU", 0) == 0)
+    thread, killed = kill_one_when(
+        cluster,
+        lambda: len(PairStore(tmp_path / "negative").index()) >= 1 and ray.available_resources().get("CPU", 0) == 0,
+    )
     c.fill_stores(stores, prior, seeds, ids, classes, config, shard_size=2)
     there = [len(s.index()) for s in stores.values()]
     thread.join()
     assert killed and there == [12, 12]
     where = {i: n for n, i in enumerate(ids)}
     for kind, store in stores.items():
-        assert sorted(i for e in store.index() for i in e["ids"]) == ids and look_over(store).fine
+        assert sorted(i for e in store.index() for i in e["ids"]) == ids and inspect_store(store).fine
         for e in store.index()[::3]:
-            here = c.make_shard({}, SPEC, prior.fingerprint, seeds.images[[where[i] for i in e["ids"]]].numpy(), e["ids"], e["ids"], KINDS, classes, prior.batch_size, False)
+            here = c.make_shard(
+                {},
+                SPEC,
+                prior.fingerprint,
+                seeds.images[[where[i] for i in e["ids"]]].numpy(),
+                e["ids"],
+                e["ids"],
+                KINDS,
+                classes,
+                prior.batch_size,
+                False,
+            )
             assert torch.equal(torch.from_numpy(here[kind]), store.read(e))
     cluster.workers.append(cluster.add_node(num_cpus=1, **NODE))
 
 
 @needs_ray
 def test_node_lost_while_running(cluster, tmp_path, monkeypatch):
-    "Two runs share their pairs; a node is killed while both train. Both results arrive, and are those of a single machine."
+    """Two runs share their pairs; a node is killed while both train.
+
+    Both results arrive, and are those of a single machine.
+    """
     specs = grid(replace(SPEC, train=SPEC.train | dict(epochs_per_round=60)), seed=[0, 1])
     count = lambda pattern: len(list(tmp_path.glob(pattern)))
     thread, killed = kill_one_when(cluster, lambda: count("partial/*.lock") == 2 and not count("runs/*.json"))
@@ -110,7 +144,10 @@ def test_node_lost_while_running(cluster, tmp_path, monkeypatch):
     thread.join()
     assert killed and [r.spec.seed for r in there] == [0, 1]
     monkeypatch.setenv("UCDM_ENGINE", "local")
-    assert [r.provenance["started"] for r in run_many(specs, tmp_path, progress=False)] == [r.provenance["started"] for r in there] # kept in the same cache
+    # kept in the same cache
+    assert [r.provenance["started"] for r in run_many(specs, tmp_path, progress=False)] == [
+        r.provenance["started"] for r in there
+    ]
     split = run_split(SPEC)
     for kind in KINDS:
         store = PairStore(pool_folder(SPEC, kind, split, load_dataset("fashion-mnist", "train"), tmp_path))
@@ -124,17 +161,32 @@ def test_warnings_of_workers(cluster):
     "What a worker warns of is said by the process that gave it the task."
     from ucdm import cluster as c
     with pytest.warns(UserWarning, match="out of memory with 64 pairs in a batch"):
-        assert list(c.run_tasks(warnings.warn, iter([("a task", ("out of memory with 64 pairs in a batch; going on with 32.",))]))) == [("a task", None)]
+        assert list(
+            c.run_tasks(
+                warnings.warn, iter([("a task", ("out of memory with 64 pairs in a batch; going on with 32.",))])
+            )
+        ) == [("a task", None)]
 
 
 @needs_ray
 def test_batch_on_a_cluster(cluster, project):  # noqa: F811
-    "`ucdm-reproduce --engine ray --address`: the runs of a notebook are computed by the cluster, and kept in the cache of the batch."
+    """`ucdm-reproduce --engine ray --address`: the runs of a notebook are computed by the cluster, and kept in the
+    cache of the batch.
+    """
     spec = replace(SPEC, n_seeds=4, train=SPEC.train | dict(rounds=1, epochs_per_round=1))
-    body = f"import ray\nfrom ucdm.runs import RunSpec, run_many\nrun_many([{spec!r}], f'{{out}}/cache', progress=False)\nassert len(ray.nodes()) >= 3"
+    body = (
+        f"import ray\nfrom ucdm.runs import RunSpec, run_many\nrun_many([{spec!r}], f'{{out}}/cache', "
+        "progress=False)\nassert len(ray.nodes()) >= 3"
+    )
     folder = project(table_01=notebook(body=body))
     env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "UCDM_ENGINE")}
-    done = subprocess.run([*arguments(folder), "--engine", "ray", "--address", cluster.address], capture_output=True, text=True, timeout=600, env=env)
+    done = subprocess.run(
+        [*arguments(folder), "--engine", "ray", "--address", cluster.address],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=env,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "a task takes 1 and 0" in done.stdout and "table_01  done" in done.stdout
     assert len(list((folder / "out" / "cache" / "runs").glob("*.json"))) == 1
@@ -142,10 +194,23 @@ def test_batch_on_a_cluster(cluster, project):  # noqa: F811
 
 @needs_ray
 def test_errors_of_the_code_are_not_repeated(cluster, tmp_path):
-    "A run that fails on a worker is named with its own error; a cluster that cannot be reached, or cannot run a task, is said at once."
+    """A run that fails on a worker is named with its own error; a cluster that cannot be reached, or cannot run a
+    task, is said at once.
+    """
     from ucdm import cluster as c
-    with pytest.raises(RuntimeError, match=r"1 of 1 runs failed.*\n.*ValueError: .*UASD holds 2 labelled images of each class out of training"): run_many([RunSpec(method="uasd", n_seeds=12, n_test=10, train=dict(labels_per_class=2, held_out=2))], tmp_path, progress=False)
-    with pytest.raises(ValueError, match="no machine of the cluster has 1 cores and 8 GPUs"), pytest.MonkeyPatch.context() as m:
+    with pytest.raises(
+        RuntimeError,
+        match=r"1 of 1 runs failed.*\n.*ValueError: .*UASD holds 2 labelled images of each class out of training",
+    ):
+        run_many(
+            [RunSpec(method="uasd", n_seeds=12, n_test=10, train=dict(labels_per_class=2, held_out=2))],
+            tmp_path,
+            progress=False,
+        )
+    with (
+        pytest.raises(ValueError, match="no machine of the cluster has 1 cores and 8 GPUs"),
+        pytest.MonkeyPatch.context() as m,
+    ):
         m.setenv("UCDM_TASK_GPUS", "8")
         c.check_cluster(tmp_path)
 
@@ -153,6 +218,25 @@ def test_errors_of_the_code_are_not_repeated(cluster, tmp_path):
 def test_engine_without_a_cluster(tmp_path):
     "The command line says what is missing: Ray, or a cluster."
     env = os.environ | dict(RAY_ADDRESS="", UCDM_ENGINE="")
-    done = subprocess.run([sys.executable, "-m", "ucdm.reproduce", "--profile", "smoke", "--only", "table_11", "--engine", "ray", "--address", "127.0.0.1:1", "--out", str(tmp_path)], capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "ucdm.batch.cli",
+            "--profile",
+            "smoke",
+            "--only",
+            "table_11",
+            "--engine",
+            "ray",
+            "--address",
+            "127.0.0.1:1",
+            "--out",
+            str(tmp_path),
+        ],
+        capture_output=True,
+        text=True,
+        env=env,
+    )
     assert done.returncode in (1, 2), done.stdout + done.stderr
     assert "no Ray cluster at '127.0.0.1:1'" in done.stderr or "Ray is not installed" in done.stderr

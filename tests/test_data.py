@@ -16,8 +16,12 @@ import torchvision
 from PIL import Image
 
 import ucdm.data as data
-from ucdm.data import CLASSES, ImageSet, load_dataset, load_image_folder, load_parquet, load_unlabelled
-from ucdm.splits import MISMATCHES, cdm_split
+from ucdm.data.class_names import CLASSES
+from ucdm.data.images import ImageSet
+from ucdm.data.datasets import load_dataset
+from ucdm.data.folder import load_image_folder, load_unlabelled
+from ucdm.data.parquet import load_parquet
+from ucdm.data.splits import MISMATCHES, cdm_split
 
 
 @pytest.fixture(autouse=True)
@@ -25,10 +29,13 @@ def no_network(tmp_path, monkeypatch):
     "An empty data folder; whoever tries to download fails the test."
     monkeypatch.setenv("UCDM_DATA", str(tmp_path / "data"))
     def refuse(*args, **kwargs): raise AssertionError(f"tried to download: {args} {kwargs}")
-    for module in (data, torchvision.datasets.cifar, torchvision.datasets.mnist): monkeypatch.setattr(module, "download_and_extract_archive", refuse)
+    for module in (data, torchvision.datasets.cifar, torchvision.datasets.mnist):
+        monkeypatch.setattr(module, "download_and_extract_archive", refuse)
 
 
-def colour(i, size=(32, 32)): # an image that tells its number: flat, so that neither resizing nor JPEG changes it by more than a little
+def colour(
+    i, size=(32, 32)
+): # an image that tells its number: flat, so that neither resizing nor JPEG changes it by more than a little
     return Image.new("RGB", size, (i * 20, 255 - i * 20, 100))
 
 
@@ -49,7 +56,10 @@ def encoded(tmp_path, i):
 def parquet(path, images, labels, names=None, columns=("image", "label")):
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.table({columns[0]: pa.array(images), columns[1]: labels})
-    if names: table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": {columns[1]: {"names": names, "_type": "ClassLabel"}}}})})
+    if names:
+        table = table.replace_schema_metadata(
+            {"huggingface": json.dumps({"info": {"features": {columns[1]: {"names": names, "_type": "ClassLabel"}}}})}
+        )
     pq.write_table(table, path)
 
 
@@ -73,24 +83,34 @@ def write_idx(path, array):
 
 
 def test_build_embedded(tmp_path, monkeypatch):
-    "From official files, here small ones of noise, to parquet files that load as what they were, with rows of the rule."
+    """From official files, here small ones of noise, to parquet files that load as what they were, with rows of the
+    rule.
+    """
     rng, source, official = np.random.default_rng(0), tmp_path / "official", {}
     source.mkdir()
     for file, n in (("train", 60), ("t10k", 30)):
-        official[file] = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8), rng.permutation(np.arange(n) % 10).astype(np.uint8)
-        for kind, array in zip(("images-idx3", "labels-idx1"), official[file]): write_idx(source / f"{file}-{kind}-ubyte.gz", array)
+        official[file] = (
+            rng.integers(0, 256, (n, 28, 28), dtype=np.uint8),
+            rng.permutation(np.arange(n) % 10).astype(np.uint8),
+        )
+        for kind, array in zip(("images-idx3", "labels-idx1"), official[file]):
+            write_idx(source / f"{file}-{kind}-ubyte.gz", array)
     monkeypatch.setattr(data, "EMBEDDED", {"train": ("train", 4, 0), "test": ("t10k", 2, 1)})
     data.build_embedded(source, tmp_path / "out")
     for split, file, each in (("train", "train", 4), ("test", "t10k", 2)):
         rebuilt, (images, labels) = load_dataset("fashion-mnist", split, tmp_path / "out"), official[file]
         rows = pq.read_table(tmp_path / "out" / f"{split}.parquet")["index"].to_numpy()
         assert rebuilt.counts() == dict.fromkeys(CLASSES["fashion-mnist"], each)
-        assert torch.equal(rebuilt.images[:, 1, 2:-2, 2:-2], torch.from_numpy(images[rows])) and rebuilt.labels.tolist() == labels[rows].tolist()
+        assert (
+            torch.equal(rebuilt.images[:, 1, 2:-2, 2:-2], torch.from_numpy(images[rows]))
+            and rebuilt.labels.tolist() == labels[rows].tolist()
+        )
         for c in range(10):
             expected = np.random.default_rng([split == "test", c]).permutation(np.flatnonzero(labels == c))[:each]
             assert sorted(expected) == [r for r in rows if labels[r] == c]
     (source / "t10k-labels-idx1-ubyte.gz").write_bytes(b"\x1f\x8bnot gzip")
-    with pytest.raises(ValueError, match="t10k-labels-idx1-ubyte.gz.*Download it again"): data.fashion_mnist_source(source)
+    with pytest.raises(ValueError, match="t10k-labels-idx1-ubyte.gz.*Download it again"):
+        data.fashion_mnist_source(source)
     with pytest.raises(FileNotFoundError, match="four official files"): data.fashion_mnist_source(tmp_path)
 
 
@@ -107,7 +127,9 @@ def test_parquet_layouts(tmp_path, files, columns):
     for k, file in enumerate(files):
         rows = [{"bytes": encoded(tmp_path, i), "path": None} for i in range(3 * k, 3 * k + 3)]
         parquet(tmp_path / "set" / file, rows, [0, 1, 1], names, columns)
-        parquet(tmp_path / "set" / file.replace("train", "test"), [{"bytes": encoded(tmp_path, 11)}], [0], names, columns)
+        parquet(
+            tmp_path / "set" / file.replace("train", "test"), [{"bytes": encoded(tmp_path, 11)}], [0], names, columns
+        )
     parquet(tmp_path / "set" / "training.parquet", [b"?"], [0], names)
     images = load_dataset("cifar10", "train", tmp_path / "set")
     assert numbers(images.images) == list(range(3 * len(files)))
@@ -124,12 +146,18 @@ def test_parquet_without_names_or_structs(tmp_path):
 
 def test_parquet_damaged(tmp_path):
     good = tmp_path / "a" / "train.parquet"
-    parquet(good, [{"bytes": encoded(tmp_path, 1), "path": "one.png"}, {"bytes": b"garbage", "path": "two.png"}], [0, 0], ["cat"])
+    parquet(
+        good,
+        [{"bytes": encoded(tmp_path, 1), "path": "one.png"}, {"bytes": b"garbage", "path": "two.png"}],
+        [0, 0],
+        ["cat"],
+    )
     with pytest.raises(ValueError, match=r"1 of 2 files.*train\.parquet, two\.png"): load_parquet(good)
     parquet(good, [{"bytes": None, "path": "elsewhere/one.png"}], [0], ["cat"])
     with pytest.raises(ValueError, match="elsewhere/one.png"): load_parquet(good)
     (tmp_path / "cut.parquet").write_bytes(good.read_bytes()[:-30])
-    with pytest.raises(ValueError, match=r"cut\.parquet is damaged.*Download it again"): load_parquet(tmp_path / "cut.parquet")
+    with pytest.raises(ValueError, match=r"cut\.parquet is damaged.*Download it again"):
+        load_parquet(tmp_path / "cut.parquet")
     parquet(good, [encoded(tmp_path, 1)], ["a cat"])
     with pytest.raises(ValueError, match="columns image, label; expected .* labels as integers"): load_parquet(good)
     with pytest.raises(FileNotFoundError, match="no parquet file of split 'test'"): load_parquet(good.parent, "test")
@@ -139,8 +167,11 @@ def test_parquet_damaged(tmp_path):
 
 @pytest.mark.parametrize("name", ["test", "val", "validation"])
 def test_image_folder(tmp_path, name):
-    "Folders are sorted by name, labels follow the official list all the same; a folder for one split works as root, too."
-    for i, (split, c) in enumerate((s, c) for s in ("train", name) for c in ("truck", "airplane", "frog")): save(tmp_path / split / c / "x.png", i)
+    """Folders are sorted by name, labels follow the official list all the same; a folder for one split works as root,
+    too.
+    """
+    for i, (split, c) in enumerate((s, c) for s in ("train", name) for c in ("truck", "airplane", "frog")):
+        save(tmp_path / split / c / "x.png", i)
     for split, folder, expected in (("train", "train", {0: 1, 6: 2, 9: 0}), ("test", name, {0: 4, 6: 5, 9: 3})):
         for root in (tmp_path, tmp_path / folder):
             images = load_dataset("cifar10", split, root)
@@ -150,8 +181,10 @@ def test_image_folder(tmp_path, name):
 
 def test_class_that_does_not_belong(tmp_path):
     for c in ("cat", "doge"): save(tmp_path / "train" / c / "x.png", 1)
-    with pytest.raises(ValueError, match="cifar10 has no class 'doge'; did you mean 'dog'.*airplane, automobile"): load_dataset("cifar10", root=tmp_path)
-    with pytest.raises(ValueError, match="did you mean 'lawn mower'"): data.class_id("lawnmower", CLASSES["cifar100"], "cifar100")
+    with pytest.raises(ValueError, match="cifar10 has no class 'doge'; did you mean 'dog'.*airplane, automobile"):
+        load_dataset("cifar10", root=tmp_path)
+    with pytest.raises(ValueError, match="did you mean 'lawn mower'"):
+        data.class_id("lawnmower", CLASSES["cifar100"], "cifar100")
 
 
 def test_unlabelled(tmp_path):
@@ -165,7 +198,16 @@ def test_unlabelled(tmp_path):
     (tmp_path / "._b.png").write_bytes(b"\0")
     (tmp_path / "notes.txt").write_text("not an image, and not called one")
     images = load_unlabelled(tmp_path, ["dog", "bicycle"])
-    assert [p.relative_to(tmp_path).as_posix() for p in data.image_files(tmp_path)] == ["a/1.webp", "a/2.jpg", "b.png", "mode_CMYK.tiff", "mode_L.tiff", "mode_P.tiff", "mode_RGBA.tiff", "z.png"]
+    assert [p.relative_to(tmp_path).as_posix() for p in data.image_files(tmp_path)] == [
+        "a/1.webp",
+        "a/2.jpg",
+        "b.png",
+        "mode_CMYK.tiff",
+        "mode_L.tiff",
+        "mode_P.tiff",
+        "mode_RGBA.tiff",
+        "z.png",
+    ]
     assert images.images.shape == (8, 3, 32, 32) and numbers(images.images)[:3] == [2, 1, 0]
     assert images.images[7, 0, 0].float().mean() > 200 > 50 > images.images[7, 0, -1].float().mean()
     assert set(images.labels.tolist()) == {-1} and images.classes == ("dog", "bicycle")
@@ -182,7 +224,10 @@ def test_bad_folders(tmp_path):
     for i in range(7): (tmp_path / "cat" / f"cut {i}.png").write_bytes(whole[:60])
     (tmp_path / "cat" / "empty.jpg").touch()
     for load in (load_image_folder, lambda folder: load_unlabelled(folder, ("cat",))):
-        with pytest.raises(ValueError, match=r"8 of 9 files .*cut 0\.png.*cut 4\.png.*; \.\.\..*Remove or replace") as e: load(tmp_path)
+        with pytest.raises(
+            ValueError, match=r"8 of 9 files .*cut 0\.png.*cut 4\.png.*; \.\.\..*Remove or replace"
+        ) as e:
+            load(tmp_path)
         assert "whole" not in str(e.value)
 
 
@@ -195,19 +240,25 @@ def write_cifar(root, labels):
     pixels = np.stack([np.asarray(colour(i)).transpose(2, 0, 1) for i in range(len(labels))])
     pixels[:, 2, 4, 9] = 7 # one pixel, to see rows and columns
     pixels = pixels.reshape(len(labels), -1)
-    for file in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"): (base / file).write_bytes(pickle.dumps({"data": pixels, "labels": labels}))
+    for file in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        (base / file).write_bytes(pickle.dumps({"data": pixels, "labels": labels}))
     (base / "batches.meta").write_bytes(pickle.dumps({"label_names": list(CLASSES["cifar10"])}))
     return base
 
 
 def test_torchvision_layout(tmp_path, monkeypatch):
     base = write_cifar(tmp_path, [3, 9])
-    with pytest.raises(ValueError, match="cifar-10-batches-py is incomplete or damaged"): load_dataset("cifar10", root=tmp_path)
+    with pytest.raises(ValueError, match="cifar-10-batches-py is incomplete or damaged"):
+        load_dataset("cifar10", root=tmp_path)
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *args: True)
     for root in (tmp_path, base):
         assert load_dataset("cifar10", "train", root).labels.tolist() == [3, 9] * 5
         test = load_dataset("cifar10", "test", root)
-        assert numbers(test.images) == [0, 1] and test.images[1, :, 4, 9].tolist() == [20, 235, 7] and test.images[1, :, 9, 4].tolist() == [20, 235, 100]
+        assert (
+            numbers(test.images) == [0, 1]
+            and test.images[1, :, 4, 9].tolist() == [20, 235, 7]
+            and test.images[1, :, 9, 4].tolist() == [20, 235, 100]
+        )
 
 
 def write_tiny(base, size=(64, 64)):
@@ -215,14 +266,24 @@ def write_tiny(base, size=(64, 64)):
     for i, w in enumerate(wnids): save(base / "train" / w / "images" / f"{w}_0.JPEG", i, size)
     for i in range(4): save(base / "val" / "images" / f"val_{i}.JPEG", i, size)
     save(base / "test" / "images" / "test_0.JPEG", 9, size)
-    (base / "val" / "val_annotations.txt").write_text("".join(f"val_{i}.JPEG\t{wnids[i % 2]}\t0\t0\t62\t62\n" for i in range(4)))
+    (base / "val" / "val_annotations.txt").write_text(
+        "".join(f"val_{i}.JPEG\t{wnids[i % 2]}\t0\t0\t62\t62\n" for i in range(4))
+    )
     (base / "wnids.txt").write_text("\n".join(wnids))
 
 
 def check_tiny(train, test):
     assert train.classes == test.classes == CLASSES["tiny-imagenet"] and train.images.shape[-2:] == (32, 32)
-    assert {train.classes[c]: n for c, n in zip(train.labels.tolist(), numbers(train.images))} == {"tabby cat": 0, "goldfish": 1}
-    assert [(test.classes[c], n) for c, n in zip(test.labels.tolist(), numbers(test.images))] == [("tabby cat", 0), ("goldfish", 1), ("tabby cat", 2), ("goldfish", 3)]
+    assert {train.classes[c]: n for c, n in zip(train.labels.tolist(), numbers(train.images))} == {
+        "tabby cat": 0,
+        "goldfish": 1,
+    }
+    assert [(test.classes[c], n) for c, n in zip(test.labels.tolist(), numbers(test.images))] == [
+        ("tabby cat", 0),
+        ("goldfish", 1),
+        ("tabby cat", 2),
+        ("goldfish", 3),
+    ]
 
 
 @pytest.mark.parametrize("below", ["", "tiny-imagenet-200"])
@@ -246,7 +307,8 @@ def test_tiny_download(tmp_path, monkeypatch):
             for p in (tmp_path / "source").rglob("*.*"): z.write(p, p.relative_to(tmp_path / "source"))
         with zipfile.ZipFile(Path(root) / "a.zip") as z: z.extractall(root)
     monkeypatch.setattr(data, "download_and_extract_archive", fetch)
-    with pytest.raises(FileNotFoundError, match="tiny-imagenet could not be downloaded.*network is down.*UCDM_DATA"): load_dataset("tiny-imagenet")
+    with pytest.raises(FileNotFoundError, match="tiny-imagenet could not be downloaded.*network is down.*UCDM_DATA"):
+        load_dataset("tiny-imagenet")
     assert list((tmp_path / "data" / "tiny-imagenet").iterdir()) == []
     check_tiny(load_dataset("tiny-imagenet"), load_dataset("tiny-imagenet", "test"))
     assert calls == [(data.TINY_URL, data.TINY_MD5)] * 2
@@ -255,7 +317,10 @@ def test_tiny_download(tmp_path, monkeypatch):
 def test_cifar_download_fails(tmp_path, monkeypatch):
     def refuse(*args, **kwargs): raise urllib.error.URLError("no route to host")
     monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", refuse)
-    with pytest.raises(FileNotFoundError, match="cifar100 could not be downloaded.*no route to host.*Give a local copy as root"): load_dataset("cifar100")
+    with pytest.raises(
+        FileNotFoundError, match="cifar100 could not be downloaded.*no route to host.*Give a local copy as root"
+    ):
+        load_dataset("cifar100")
 
 
 # names, splits, roots
@@ -264,10 +329,15 @@ def test_nothing_there(tmp_path):
     "A root is only read from; the message says what was looked for."
     (tmp_path / "empty").mkdir()
     for wanted in ("cifar10", "cifar100", "tiny-imagenet"):
-        with pytest.raises(FileNotFoundError, match="(?s)empty holds no test images.*torchvision.*val_annotations.*parquet.*a folder for each class"): load_dataset(wanted, "test", tmp_path / "empty")
+        with pytest.raises(
+            FileNotFoundError,
+            match="(?s)empty holds no test images.*torchvision.*val_annotations.*parquet.*a folder for each class",
+        ):
+            load_dataset(wanted, "test", tmp_path / "empty")
         with pytest.raises(FileNotFoundError, match="UCDM_DATA"): load_dataset(wanted, download=False)
     assert list((tmp_path / "empty").iterdir()) == [] and not (tmp_path / "data").exists()
-    with pytest.raises(FileNotFoundError, match="no folder .*nowhere"): load_dataset("cifar10", root=tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="no folder .*nowhere"):
+        load_dataset("cifar10", root=tmp_path / "nowhere")
 
 
 def test_unknown_names():
@@ -279,8 +349,10 @@ def test_image_set_checks():
     images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     with pytest.raises(ValueError, match="uint8"): ImageSet(images.float(), torch.zeros(2), ("a",))
     with pytest.raises(ValueError, match="3, H, W"): ImageSet(images[:, :1], torch.zeros(2), ("a",))
-    with pytest.raises(ValueError, match="2 images but 3 labels"): ImageSet(images, torch.zeros(3, dtype=torch.int64), ("a",))
-    with pytest.raises(ValueError, match="labels run from 0 to 1, but 1 classes"): ImageSet(images, torch.arange(2), ("a",))
+    with pytest.raises(ValueError, match="2 images but 3 labels"):
+        ImageSet(images, torch.zeros(3, dtype=torch.int64), ("a",))
+    with pytest.raises(ValueError, match="labels run from 0 to 1, but 1 classes"):
+        ImageSet(images, torch.arange(2), ("a",))
 
 
 def test_fingerprint():
@@ -289,28 +361,44 @@ def test_fingerprint():
     base = ImageSet(images, torch.tensor([0, 1]), ("a", "b"))
     other = images.clone()
     other[1, 2, 3, 3] += 1
-    changed = [ImageSet(other, base.labels, base.classes), ImageSet(images, torch.tensor([1, 0]), base.classes), ImageSet(images, base.labels, ("a", "c")),
-               ImageSet(images.view(2, 3, 2, 8), base.labels, base.classes)]
+    changed = [
+        ImageSet(other, base.labels, base.classes),
+        ImageSet(images, torch.tensor([1, 0]), base.classes),
+        ImageSet(images, base.labels, ("a", "c")),
+        ImageSet(images.view(2, 3, 2, 8), base.labels, base.classes),
+    ]
     assert len({s.fingerprint for s in (base, *changed)}) == 5
-    assert ImageSet(images.to(memory_format=torch.channels_last), base.labels, base.classes, "other name").fingerprint == base.fingerprint
+    assert (
+        ImageSet(images.to(memory_format=torch.channels_last), base.labels, base.classes, "other name").fingerprint
+        == base.fingerprint
+    )
 
 
 def test_half_does_not_depend_on_layout(tmp_path):
-    "The same images as parquet and as folders, in different orders, give the same half; the other half is its complement; the test images are the whole set's."
+    """The same images as parquet and as folders, in different orders, give the same half; the other half is its
+    complement; the test images are the whole set's.
+    """
     labels = [9, 1, 1, 3, 6, 0, 2, 4, 5, 7, 8, 9]
     rows = [{"bytes": encoded(tmp_path, i), "path": None} for i in range(12)]
     parquet(tmp_path / "a" / "train.parquet", rows, labels, list(CLASSES["cifar10"]))
     parquet(tmp_path / "a" / "test.parquet", rows[:3], labels[:3], list(CLASSES["cifar10"]))
     for i, c in enumerate(labels): save(tmp_path / "b" / "train" / CLASSES["cifar10"][c] / f"{i}.png", i)
     seeds = load_dataset("cifar10-half", "train", tmp_path / "a")
-    assert seeds.name == "cifar10-half" and load_dataset("cifar10-half", "train", tmp_path / "b").fingerprint == seeds.fingerprint
+    assert (
+        seeds.name == "cifar10-half"
+        and load_dataset("cifar10-half", "train", tmp_path / "b").fingerprint == seeds.fingerprint
+    )
     below, others = data.halve(load_dataset("cifar10", "train", tmp_path / "a"), data.MEDIAN_HASHES["cifar10"])
     assert below.fingerprint == seeds.fingerprint and 0 < len(seeds) < 12
     assert sorted(numbers(below.images) + numbers(others.images)) == list(range(12))
     test = load_dataset("cifar10-half", "test", tmp_path / "a")
     assert test.name == "cifar10-half" and numbers(test.images) == [0, 1, 2]
-    with pytest.raises(ValueError, match="choose 'train' or 'test'"): load_dataset("cifar10-half", "val", tmp_path / "a")
-    with pytest.raises(ValueError, match="1 images of cifar10 have no label"): data.halve(ImageSet(below.images[:1], torch.tensor([-1]), below.classes, "cifar10"), data.MEDIAN_HASHES["cifar10"])
+    with pytest.raises(ValueError, match="choose 'train' or 'test'"):
+        load_dataset("cifar10-half", "val", tmp_path / "a")
+    with pytest.raises(ValueError, match="1 images of cifar10 have no label"):
+        data.halve(
+            ImageSet(below.images[:1], torch.tensor([-1]), below.classes, "cifar10"), data.MEDIAN_HASHES["cifar10"]
+        )
 
 
 LOCAL_CIFAR = data.data_root() / "cifar10" # before the fixture sets UCDM_DATA

@@ -16,11 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import ucdm.prior as prior_module
-from ucdm.data import ImageSet, load_dataset
-from ucdm.pairs import PairConfig, generate_pairs
-from ucdm.prior import compiled, load_prior
-from ucdm.stable_diffusion_2 import SD2_BASE, clip_tokenizer, random_pipeline, shrunk
+import ucdm.diffusion.prior as prior_module
+from ucdm.data.images import ImageSet
+from ucdm.data.datasets import load_dataset
+from ucdm.method.pairs import PairConfig
+from ucdm.method.generate import generate_pairs
+from ucdm.core.device import compiled
+from ucdm.diffusion.prior import load_prior
+from ucdm.diffusion.stable_diffusion_2 import SD2_BASE, clip_tokenizer, random_pipeline, shrunk
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -48,7 +51,12 @@ def test_revision_reaches_the_hub(folder, monkeypatch, name, revision, expected)
     monkeypatch.setattr(prior_module.StableDiffusionPipeline, "download", download)
     load(name, revision=revision)
     (hub_id, kwargs), = asked
-    assert hub_id == "owner/model" and kwargs["revision"] == expected and kwargs["use_safetensors"] and kwargs["safety_checker"] is None
+    assert (
+        hub_id == "owner/model"
+        and kwargs["revision"] == expected
+        and kwargs["use_safetensors"]
+        and kwargs["safety_checker"] is None
+    )
 
 
 def test_a_folder_has_no_revision(folder):
@@ -58,35 +66,64 @@ def test_a_folder_has_no_revision(folder):
 # layouts
 
 def test_layout_of_the_published_weights(folder, tmp_path):
-    "Stable Diffusion 2 was saved by versions of 2022: other names of tensors, less in the configurations, a tokenizer in four files."
+    """Stable Diffusion 2 was saved by versions of 2022: other names of tensors, less in the configurations, a
+    tokenizer in four files.
+    """
     shutil.copytree(folder, old := tmp_path / "old")
     text = load_file(folder / "text_encoder/model.safetensors")
-    save_file({f"text_model.{k.removeprefix('text_model.')}": v for k, v in text.items()} | {"text_model.embeddings.position_ids": torch.arange(77)[None]},
-              old / "text_encoder/model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {f"text_model.{k.removeprefix('text_model.')}": v for k, v in text.items()}
+        | {"text_model.embeddings.position_ids": torch.arange(77)[None]},
+        old / "text_encoder/model.safetensors",
+        metadata={"format": "pt"},
+    )
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     def renamed(key):
         for new, old in names.items() if "attentions" in key else (): key = key.replace(new, old)
         return key
-    save_file({renamed(k): v for k, v in load_file(folder / "vae/diffusion_pytorch_model.safetensors").items()}, old / "vae/diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {renamed(k): v for k, v in load_file(folder / "vae/diffusion_pytorch_model.safetensors").items()},
+        old / "vae/diffusion_pytorch_model.safetensors",
+        metadata={"format": "pt"},
+    )
     config = json.loads((old / "vae/config.json").read_text())
-    kept = ("_class_name", "act_fn", "block_out_channels", "down_block_types", "in_channels", "latent_channels", "layers_per_block", "norm_num_groups", "out_channels", "sample_size", "up_block_types")
+    kept = (
+        "_class_name",
+        "act_fn",
+        "block_out_channels",
+        "down_block_types",
+        "in_channels",
+        "latent_channels",
+        "layers_per_block",
+        "norm_num_groups",
+        "out_channels",
+        "sample_size",
+        "up_block_types",
+    )
     (old / "vae/config.json").write_text(json.dumps({k: config[k] for k in kept} | {"_diffusers_version": "0.8.0"}))
     tokenizer = json.loads((folder / "tokenizer/tokenizer.json").read_text())["model"]
     shutil.rmtree(old / "tokenizer")
     (old / "tokenizer").mkdir()
     special = dict(bos_token="<|startoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>")
     (old / "tokenizer/vocab.json").write_text(json.dumps(tokenizer["vocab"]))
-    (old / "tokenizer/merges.txt").write_text("#version: 0.2\n" + "".join(f"{m if isinstance(m, str) else ' '.join(m)}\n" for m in tokenizer["merges"]))
+    (old / "tokenizer/merges.txt").write_text(
+        "#version: 0.2\n" + "".join(f"{m if isinstance(m, str) else ' '.join(m)}\n" for m in tokenizer["merges"])
+    )
     (old / "tokenizer/special_tokens_map.json").write_text(json.dumps(special | {"pad_token": "!"}))
-    (old / "tokenizer/tokenizer_config.json").write_text(json.dumps(special | {"pad_token": "<|endoftext|>", "model_max_length": 77, "tokenizer_class": "CLIPTokenizer"}))
+    (old / "tokenizer/tokenizer_config.json").write_text(
+        json.dumps(special | {"pad_token": "<|endoftext|>", "model_max_length": 77, "tokenizer_class": "CLIPTokenizer"})
+    )
     index = json.loads((old / "model_index.json").read_text())
-    index["feature_extractor"] = ["transformers", "CLIPFeatureExtractor"] # a class that is gone; it belongs to the safety checker
+    # a class that is gone; it belongs to the safety checker
+    index["feature_extractor"] = ["transformers", "CLIPFeatureExtractor"]
     (old / "model_index.json").write_text(json.dumps(index))
 
     new, old = load(folder), load(old)
     images = torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert new.fingerprint == old.fingerprint and old.pipe.tokenizer.pad_token == "!"
-    assert torch.equal(new.embed(["", "A photo of a cat"]), old.embed(["", "A photo of a cat"])) and torch.equal(new.encode(images), old.encode(images))
+    assert torch.equal(new.embed(["", "A photo of a cat"]), old.embed(["", "A photo of a cat"])) and torch.equal(
+        new.encode(images), old.encode(images)
+    )
 
 
 def test_weights_in_shards(folder, tmp_path):
@@ -111,7 +148,9 @@ def test_configuration_of_another_model(folder, tmp_path, part, changes, message
 
 def test_unet_of_an_inpainting_model():
     config = shrunk(SD2_BASE)
-    pipe = random_pipeline({**config, "unet": {**config["unet"], "in_channels": 9}}, clip_tokenizer(["A photo of a cat"]))
+    pipe = random_pipeline(
+        {**config, "unet": {**config["unet"], "in_channels": 9}}, clip_tokenizer(["A photo of a cat"])
+    )
     with pytest.raises(ValueError, match="takes 9 channels"): prior_module.Prior(pipe, "inpainting", "cpu")
 
 
@@ -134,7 +173,8 @@ class Request(BaseHTTPRequestHandler):
 
     def answer(self, status, body=b"", **headers):
         self.send_response(status)
-        for k, v in {"Content-Length": str(len(body)), "X-Repo-Commit": COMMIT, **headers}.items(): self.send_header(k, v)
+        for k, v in {"Content-Length": str(len(body)), "X-Repo-Commit": COMMIT, **headers}.items():
+            self.send_header(k, v)
         self.end_headers()
         if self.command == "GET": self.wfile.write(body)
 
@@ -144,19 +184,40 @@ class Request(BaseHTTPRequestHandler):
         hub, path = self.server, self.path.split("?")[0]
         hub.asked.append((path, self.headers.get("Range")))
         if hub.state == "down": return self.answer(503)
-        if not path.removeprefix("/api/models").startswith("/owner/small"): return self.answer(404, **{"X-Error-Code": "RepoNotFound"})
-        if "/tree/" in path: return self.answer(200, json.dumps([dict(type="file", path=p, size=len(c), oid=hashlib.sha1(c).hexdigest()) for p, c in hub.files.items()]).encode(), **{"Content-Type": "application/json"})
+        if not path.removeprefix("/api/models").startswith("/owner/small"):
+            return self.answer(404, **{"X-Error-Code": "RepoNotFound"})
+        if "/tree/" in path:
+            return self.answer(
+                200,
+                json.dumps(
+                    [
+                        dict(type="file", path=p, size=len(c), oid=hashlib.sha1(c).hexdigest())
+                        for p, c in hub.files.items()
+                    ]
+                ).encode(),
+                **{"Content-Type": "application/json"},
+            )
         if path.startswith("/api/"):
-            if path.rsplit("/", 1)[1] not in ("v1", COMMIT): return self.answer(404, **{"X-Error-Code": "RevisionNotFound"})
-            return self.answer(200, json.dumps(dict(id="owner/small", sha=COMMIT, siblings=[dict(rfilename=p) for p in hub.files])).encode(), **{"Content-Type": "application/json"})
+            if path.rsplit("/", 1)[1] not in ("v1", COMMIT):
+                return self.answer(404, **{"X-Error-Code": "RevisionNotFound"})
+            return self.answer(
+                200,
+                json.dumps(
+                    dict(id="owner/small", sha=COMMIT, siblings=[dict(rfilename=p) for p in hub.files])
+                ).encode(),
+                **{"Content-Type": "application/json"},
+            )
         name = path.split("/resolve/")[1].split("/", 1)[1]
         if name not in hub.files: return self.answer(404, **{"X-Error-Code": "EntryNotFound"})
         content, etag = hub.files[name], hashlib.sha256(hub.files[name]).hexdigest()
         start = int((self.headers.get("Range") or "bytes=0-").split("=")[1].split("-")[0])
-        headers = {"ETag": f'"{etag}"', "Accept-Ranges": "bytes"} | ({"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if self.headers.get("Range") else {})
+        headers = {"ETag": f'"{etag}"', "Accept-Ranges": "bytes"} | (
+            {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if self.headers.get("Range") else {}
+        )
         if hub.state == "stalling" and name == UNET and self.command == "GET":
             self.send_response(200)
-            for k, v in {"Content-Length": str(len(content)), "X-Repo-Commit": COMMIT, **headers}.items(): self.send_header(k, v)
+            for k, v in {"Content-Length": str(len(content)), "X-Repo-Commit": COMMIT, **headers}.items():
+                self.send_header(k, v)
             self.end_headers()
             self.wfile.write(content[:len(content) // 2])
             self.wfile.flush()
@@ -168,9 +229,12 @@ class Request(BaseHTTPRequestHandler):
 
 LOADS = """
 import sys, torch
-from ucdm.data import ImageSet, load_dataset
-from ucdm.pairs import PairConfig, generate_pairs
-from ucdm.prior import compiled, load_prior
+from ucdm.data.images import ImageSet
+from ucdm.data.datasets import load_dataset
+from ucdm.method.pairs import PairConfig
+from ucdm.method.generate import generate_pairs
+from ucdm.core.device import compiled
+from ucdm.diffusion.prior import load_prior
 for line in sys.stdin:
     try: print("loaded", load_prior(line.strip(), device="cpu", dtype=torch.float32).fingerprint, flush=True)
     except ValueError as e: print("ValueError", " ".join(str(e).split()), flush=True)
@@ -181,12 +245,32 @@ for line in sys.stdin:
 def hub(folder, tmp_path):
     server = Hub(folder)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-                   "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    environment = {k: v for k, v in environment.items() if k not in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")}
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+        "OMP_NUM_THREADS": "1",
+    }
+    environment = {
+        k: v for k, v in environment.items() if k not in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")
+    }
     processes = []
     def start():
-        processes.append(subprocess.Popen([sys.executable, "-c", LOADS], env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=open(tmp_path / "stderr", "a")))
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", LOADS],
+                env=environment,
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=open(tmp_path / "stderr", "a"),
+            )
+        )
         return processes[-1]
     server.start_loading, server.cache = start, tmp_path / "home" / "hub" / "models--owner--small"
     yield server
@@ -222,7 +306,12 @@ def test_interrupted_download(hub, folder):
     hub.state = "down"
     second = hub.start_loading()
     said = ask(second, "owner/small@v1")
-    assert said.startswith("ValueError") and f"{UNET} is missing" in said and "Load it again" in said and "could not be asked" in said
+    assert (
+        said.startswith("ValueError")
+        and f"{UNET} is missing" in said
+        and "Load it again" in said
+        and "could not be asked" in said
+    )
 
     hub.state, hub.asked = "up", []
     loaded = f"loaded {load(folder).fingerprint}"
@@ -248,27 +337,64 @@ def test_interrupted_download(hub, folder):
 # several processes
 
 def pairs_command(store, processes=1, seeds=160):
-    "Generate pairs into a folder; several processes by torchrun, which is what `accelerate launch` calls where there are several GPUs."
-    module = ["ucdm.pairs", "fashion-mnist", "T-shirt", "trouser", "--store", str(store), "--steps", "2", "--first", str(seeds), "--batch-size", "64"]
-    launcher = ["torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1", "--nproc_per_node", str(processes), "-m"]
-    alone = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")} | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.Popen([sys.executable, "-m", *(launcher if processes > 1 else []), *module], env=alone, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    """Generate pairs into a folder; several processes by torchrun, which is what `accelerate launch` calls where there
+    are several GPUs.
+    """
+    module = [
+        "ucdm.method.generate",
+        "fashion-mnist",
+        "T-shirt",
+        "trouser",
+        "--store",
+        str(store),
+        "--steps",
+        "2",
+        "--first",
+        str(seeds),
+        "--batch-size",
+        "64",
+    ]
+    launcher = [
+        "torch.distributed.run",
+        "--standalone",
+        "--local_addr",
+        "127.0.0.1",
+        "--nproc_per_node",
+        str(processes),
+        "-m",
+    ]
+    alone = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")} | {
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", *(launcher if processes > 1 else []), *module],
+        env=alone,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
-def files(store): return {p.relative_to(store): p.read_bytes() for p in sorted(store.rglob("*")) if p.is_file() and p.name != ".lock"}
+def files(store):
+    return {p.relative_to(store): p.read_bytes() for p in sorted(store.rglob("*")) if p.is_file() and p.name != ".lock"}
 
 
 def test_two_processes_one_dies(tmp_path):
-    "Two processes share the work, one is killed, both are started again: the store of a single process, to the last byte."
+    """Two processes share the work, one is killed, both are started again: the store of a single process, to the last
+    byte.
+    """
     together, alone = tmp_path / "together", tmp_path / "alone"
     launched = pairs_command(together, 2)
     index = together / "positive" / "index.jsonl"
     while not index.exists() and launched.poll() is None: time.sleep(0.1)
     assert launched.poll() is None, f"ended before a shard was written: {launched.communicate()[0]}"
-    workers = [p for p in psutil.Process(launched.pid).children(recursive=True) if "ucdm.pairs" in p.cmdline()]
+    workers = [p for p in psutil.Process(launched.pid).children(recursive=True) if "ucdm.method.generate" in p.cmdline()]
     assert len(workers) == 2, launched.communicate()[0]
     max(workers, key=lambda p: int(p.environ()["RANK"])).kill()
-    assert launched.wait(300) != 0 and not [p for p in workers if p.is_running() and p.status() != psutil.STATUS_ZOMBIE], "the other one is ended too"
+    assert launched.wait(300) != 0 and not [
+        p for p in workers if p.is_running() and p.status() != psutil.STATUS_ZOMBIE
+    ], "the other one is ended too"
     made = len(index.read_text().splitlines())
     assert 1 <= made < 5
 
@@ -294,21 +420,32 @@ class Small:
         return self.unet(x, *args)
 
 
-ERRORS = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB."),
-          RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9663676416 bytes. Error code 12 (Cannot allocate memory)")]
+ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB."),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
+        "to allocate 9663676416 bytes. Error code 12 (Cannot allocate memory)"
+    ),
+]
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=["GPU", "CPU"])
 def test_out_of_memory(error):
     "The batch is halved until it fits, the user is told, and the pairs are those of an undisturbed run."
     prior, seeds = load("fashion-mnist"), load_dataset("fashion-mnist", "test")[[1, 200, 500, 900, 1500]]
-    make = lambda: generate_pairs(prior, seeds, ("T-shirt", "trouser"), PairConfig(steps=2), batch_size=8, progress=False)
+    make = lambda: generate_pairs(
+        prior, seeds, ("T-shirt", "trouser"), PairConfig(steps=2), batch_size=8, progress=False
+    )
     whole = make()
     prior.unet = unet = Small(prior.pipe.unet, 9, error)
     with pytest.warns(UserWarning, match="out of memory with") as said: pairs = make()
-    assert [str(w.message) for w in said] == ["out of memory with 8 pairs in a batch; going on with 4.", "out of memory with 4 pairs in a batch; going on with 2."]
+    assert [str(w.message) for w in said] == [
+        "out of memory with 8 pairs in a batch; going on with 4.",
+        "out of memory with 4 pairs in a batch; going on with 2.",
+    ]
     assert max(unet.seen) == 24 and set(unet.seen[unet.seen.index(6):]) == {2, 6}
-    for ours, theirs in ((pairs.positives, whole.positives), (pairs.negatives, whole.negatives)): assert (ours.int() - theirs.int()).abs().max() <= 1
+    for ours, theirs in ((pairs.positives, whole.positives), (pairs.negatives, whole.negatives)):
+        assert (ours.int() - theirs.int()).abs().max() <= 1
 
     prior.unet = Small(prior.pipe.unet, 2, error)
     with pytest.warns(UserWarning), pytest.raises(MemoryError, match="not enough memory for one of the pairs"): make()
@@ -336,13 +473,18 @@ def test_out_of_memory_is_no_reason_not_to_compile():
 
 def test_compile_without_a_compiler(tmp_path):
     "Asked to compile where there is no C++ compiler, the prior goes on without, and without a word."
-    code = "import torch\nfrom ucdm.prior import load_prior\n" \
+    code = "import torch\nfrom ucdm.diffusion.prior import load_prior\n" \
         "prior = load_prior(device='cpu', dtype=torch.float32)\nx, text = torch.zeros(2, *prior.latent_shape), prior.embed(['', ''])\nplain = prior.predict(x, 1, text)\n" \
         "prior.compile()\nassert torch.allclose(prior.predict(x, 1, text), plain, atol=1e-4) and not prior.fixed_shapes"
     (broken := tmp_path / "broken").write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
     for compiler in (tmp_path / "none", broken):
-        env = os.environ | {"CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        env = os.environ | {
+            "CXX": str(compiler),
+            "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+            "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        }
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         if compiler != broken: assert not done.stderr
@@ -351,5 +493,16 @@ def test_compile_without_a_compiler(tmp_path):
 # pictures that are not square
 
 def test_stored_size_is_that_of_the_seeds(folder):
-    seeds = ImageSet(torch.randint(0, 256, (2, 3, 24, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)), torch.full((2,), -1), ("cat",), "wide")
-    assert generate_pairs(load(folder), seeds, ("cat",), PairConfig(steps=1), progress=False).positives.shape == (2, 1, 3, 24, 40)
+    seeds = ImageSet(
+        torch.randint(0, 256, (2, 3, 24, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)),
+        torch.full((2,), -1),
+        ("cat",),
+        "wide",
+    )
+    assert generate_pairs(load(folder), seeds, ("cat",), PairConfig(steps=1), progress=False).positives.shape == (
+        2,
+        1,
+        3,
+        24,
+        40,
+    )

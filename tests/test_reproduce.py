@@ -13,20 +13,29 @@ import nbformat
 import pytest
 import yaml
 
-from ucdm.reproduce import can_fork, find_experiments, load_profile, plan
+from ucdm.batch.kernels import can_fork
+from ucdm.batch.profiles import find_experiments, load_profile, plan
 
-COMMAND = [sys.executable, "-m", "ucdm.reproduce"]
+COMMAND = [sys.executable, "-m", "ucdm.batch.cli"]
 
 
 def notebook(parameters="size = 3  # how many", body="", title="A tiny experiment"):
     "An experiment notebook that checks its parameters, runs `body`, and leaves its mark."
-    cells = [nbformat.v4.new_markdown_cell(f"# {title}\n\n> It runs."),
-             nbformat.v4.new_code_cell("from ucdm.reproduce import check_parameters\nfrom ucdm.runs import atomic_json, mark_done"),
-             nbformat.v4.new_code_cell(parameters + '\nout = "."  # where results go', metadata={"tags": ["parameters"]}),
-             nbformat.v4.new_code_cell("check_parameters()"),
-             nbformat.v4.new_code_cell(body or parameters.split()[0]),
-             nbformat.v4.new_code_cell('atomic_json(f"{out}/results/{NAME}.json", dict(verdict="holds"))\nmark_done(out, NAME)')]
-    return nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}})
+    cells = [
+        nbformat.v4.new_markdown_cell(f"# {title}\n\n> It runs."),
+        nbformat.v4.new_code_cell(
+            "from ucdm.batch.parameters import check_parameters\nfrom ucdm.core.files import atomic_json\nfrom ucdm.runs.result import mark_done"
+        ),
+        nbformat.v4.new_code_cell(parameters + '\nout = "."  # where results go', metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell("check_parameters()"),
+        nbformat.v4.new_code_cell(body or parameters.split()[0]),
+        nbformat.v4.new_code_cell(
+            'atomic_json(f"{out}/results/{NAME}.json", dict(verdict="holds"))\nmark_done(out, NAME)'
+        ),
+    ]
+    return nbformat.v4.new_notebook(
+        cells=cells, metadata={"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
+    )
 
 
 @pytest.fixture
@@ -61,16 +70,20 @@ def test_all_run_and_are_kept(project):
     assert (folder / "out" / "index.html").exists() and (folder / "out" / "notebooks" / "table_01.ipynb").exists()
     status, said, _ = batch(folder)
     assert status == 0 and said.count("already done") == 2
-    assert "sittings" not in (folder / "out" / "index.html").read_text()
+    assert "invocations" not in (folder / "out" / "index.html").read_text()
     project(dict(notebooks=dict(table_01=dict(parameters=dict(size=4)))))
     status, said, _ = batch(folder)
     assert status == 0 and said.count("already done") == 1 and "table_01  done" in said
     executed = nbformat.read(folder / "out" / "notebooks" / "table_01.ipynb", 4)
-    assert "4" in [o.data["text/plain"] for c in executed.cells if c.cell_type == "code" for o in c.outputs if "data" in o]
+    assert "4" in [
+        o.data["text/plain"] for c in executed.cells if c.cell_type == "code" for o in c.outputs if "data" in o
+    ]
 
 
 def test_forked_kernels(project):
-    "Notebooks that share imports are forked from one process where that is safe; each has a namespace and modules of its own, may start processes, and shows its figures."
+    """Notebooks that share imports are forked from one process where that is safe; each has a namespace and modules of
+    its own, may start processes, and shows its figures.
+    """
     body = """import json, math, multiprocessing, matplotlib.pyplot as plt
 from concurrent.futures import ProcessPoolExecutor
 assert not hasattr(json, "touched"), "another notebook's change is seen here"
@@ -84,7 +97,12 @@ multiprocessing.parent_process() is not None"""
     assert status == 0, said
     assert "leaked" not in error and "Warning" not in error, error
     for name in names:
-        outputs = [o for c in nbformat.read(folder / "out" / "notebooks" / f"{name}.ipynb", 4).cells if c.cell_type == "code" for o in c.outputs]
+        outputs = [
+            o
+            for c in nbformat.read(folder / "out" / "notebooks" / f"{name}.ipynb", 4).cells
+            if c.cell_type == "code"
+            for o in c.outputs
+        ]
         assert "[2.0, 3.0]\n" in [o.get("text") for o in outputs]
         assert any("image/png" in o.get("data", {}) for o in outputs)
         assert str(can_fork()) in [o["data"]["text/plain"] for o in outputs if "data" in o]
@@ -98,7 +116,15 @@ def test_import_that_fails(project, tmp_path, monkeypatch, missing):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     folder = project(table_01=notebook(body=f"import {missing}"), table_02=notebook(body=f"import {missing}"))
     status, said, _ = batch(folder)
-    assert status == 1 and said.count("failed: ModuleNotFoundError: No module named" if missing != "broken" else "failed: RuntimeError: broken on purpose") == 2
+    assert (
+        status == 1
+        and said.count(
+            "failed: ModuleNotFoundError: No module named"
+            if missing != "broken"
+            else "failed: RuntimeError: broken on purpose"
+        )
+        == 2
+    )
     assert ("their common start failed" in said) == (missing == "broken" and can_fork())
 
 
@@ -151,14 +177,29 @@ def test_command_line_that_does_not_fit(project, more, complaint):
 def test_papermill_by_hand(project, option, complaint):
     "Without the batch, the notebook itself refuses a parameter that papermill would only warn of."
     folder = project(table_01=notebook())
-    done = subprocess.run([sys.executable, "-m", "papermill", str(folder / "nbs/experiments/table_01.ipynb"), str(folder / "out.ipynb"), "--no-progress-bar", *option],
-                          capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "papermill",
+            str(folder / "nbs/experiments/table_01.ipynb"),
+            str(folder / "out.ipynb"),
+            "--no-progress-bar",
+            *option,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode != 0 and complaint in done.stderr
 
 
 def waiting(folder, mark="begun"):
     "A notebook that says it has begun and then waits."
-    body = f"import pathlib, os, time\npathlib.Path({str(folder / mark)!r}).write_text(str(os.getpid()))\nif not pathlib.Path({str(folder / 'go')!r}).exists(): time.sleep(600)"
+    body = (
+        f"import pathlib, os, time\npathlib.Path({str(folder / mark)!r}).write_text(str(os.getpid()))\nif not "
+        f"pathlib.Path({str(folder / 'go')!r}).exists(): time.sleep(600)"
+    )
     return notebook(body=body)
 
 
@@ -184,11 +225,15 @@ def begun(folder):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_stopped_and_resumed(project, tmp_path, how):
-    "Killed or interrupted in the second of two notebooks: its kernel goes too, and the same command does just the rest."
+    """Killed or interrupted in the second of two notebooks: its kernel goes too, and the same command does just the
+    rest.
+    """
     folder = project(dict(notebooks=dict(a=None, b=None)), a=notebook(), b=waiting(tmp_path))
     in_background = how == signal.SIGTERM  # as after `nohup ... &`, where SIGINT is ignored
     start = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN if in_background else signal.SIG_DFL)
-    process = subprocess.Popen(arguments(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=start)
+    process = subprocess.Popen(
+        arguments(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=start
+    )
     kernel = until(lambda: begun(folder))
     process.send_signal(how)
     said, _ = process.communicate(timeout=60)
@@ -198,8 +243,11 @@ def test_stopped_and_resumed(project, tmp_path, how):
     status, said, _ = batch(folder)
     assert status == 0 and "a  already done" in said and "b  done" in said
     held = json.loads((folder / "out" / "results" / "batch.json").read_text())
-    assert [s["notebooks"] for s in held["sittings"]] == [1, 1] and held["sittings"][1]["seconds"] >= held["jobs"]["b"]["seconds"]
-    assert held["jobs"]["b"]["sittings"] == [s["started"] for s in held["sittings"]][how == signal.SIGKILL:]  # who is killed writes nothing down
+    assert [s["notebooks"] for s in held["invocations"]] == [1, 1] and held["invocations"][1]["seconds"] >= held[
+        "jobs"
+    ]["b"]["seconds"]
+    # who is killed writes nothing down
+    assert held["jobs"]["b"]["invocations"] == [s["started"] for s in held["invocations"]][how == signal.SIGKILL:]
     assert "in 2 sittings" in (folder / "out" / "index.html").read_text()
 
 
@@ -241,10 +289,15 @@ def test_fresh_and_list(project):
 
 
 def test_on_request(project):
-    "A notebook that a profile marks so runs when it is named, and only then. The page of all links to it; once its file is gone, the page forgets it."
+    """A notebook that a profile marks so runs when it is named, and only then.
+
+    The page of all links to it; once its file is gone, the page forgets it.
+    """
     folder = project(dict(notebooks=dict(table_02=dict(on_request=True))), table_01=notebook(), table_02=notebook())
     status, said, _ = batch(folder)
-    assert status == 0 and "1 of 1 notebooks done" in said and "1 more run on request" in said and "table_02  " not in said
+    assert (
+        status == 0 and "1 of 1 notebooks done" in said and "1 more run on request" in said and "table_02  " not in said
+    )
     status, said, _ = batch(folder, "--only", "table_02")
     assert status == 0 and "table_02  done" in said
     shutil.rmtree(folder / "out" / "notebooks")
@@ -256,7 +309,9 @@ def test_on_request(project):
 
 
 def test_help():
-    done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, timeout=60, env=os.environ | {"COLUMNS": "200"})
+    done = subprocess.run(
+        [*COMMAND, "--help"], capture_output=True, text=True, timeout=60, env=os.environ | {"COLUMNS": "200"}
+    )
     assert done.returncode == 0 and "--fresh" in done.stdout and "Examples" in done.stdout
 
 
@@ -267,37 +322,83 @@ def test_results_are_json(project):
     held = json.loads((folder / "out" / "results" / "batch.json").read_text())
     assert held["jobs"]["table_01"]["status"] == "done"
     assert {"python", "packages", "device", "commit", "started"} <= held.keys()
-    sitting, = held["sittings"]
-    assert sitting["seconds"] >= held["jobs"]["table_01"]["seconds"] > 0 and (sitting["notebooks"], sitting["at_once"], sitting["commit"]) == (1, 1, held["commit"])
+    invocation, = held["invocations"]
+    assert invocation["seconds"] >= held["jobs"]["table_01"]["seconds"] > 0 and (
+        invocation["notebooks"],
+        invocation["at_once"],
+        invocation["commit"],
+    ) == (1, 1, held["commit"])
 
 
 @pytest.mark.parametrize("profile", ["smoke", "quick", "standard", "paper"])
 def test_profiles_fit(profile):
-    "Every profile names notebooks and parameters that exist, gives values of their types, and says of every notebook how long it takes."
+    """Every profile names notebooks and parameters that exist, gives values of their types, and says of every notebook
+    how long it takes.
+    """
     home = Path(__file__).parent.parent / "nbs" / "experiments"
     experiments, content = find_experiments(home), load_profile(profile, home / "profiles")
     assert len(plan(experiments, content, "..")) == len(experiments)
-    assert not (silent := [n for n in experiments if not ((content["notebooks"].get(n) or {}).get("seconds") or 0) > 0]), f"{profile} does not say how long these take: {', '.join(silent)}"
+    assert not (
+        silent := [n for n in experiments if not ((content["notebooks"].get(n) or {}).get("seconds") or 0) > 0]
+    ), f"{profile} does not say how long these take: {', '.join(silent)}"
 
 
 def test_plan_of_the_paper(tmp_path):
-    "Table 3 without any data set on disk: nothing is downloaded or written, and the pairs are those of 40,000 seeds and 20 classes. Table 11, which has no runs, is rehearsed too."
+    """Table 3 without any data set on disk: nothing is downloaded or written, and the pairs are those of 40,000 seeds
+    and 20 classes.
+
+    Table 11, which has no runs, is rehearsed too.
+    """
     env = os.environ | dict(UCDM_DATA=str(tmp_path / "data"))
-    done = subprocess.run([sys.executable, "-m", "ucdm.reproduce", "--profile", "paper", "--only", "table_03", "--only", "table_11", "--plan", "--rate", "1000", "--training-rate", "1000", "--out", str(tmp_path / "out")], capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "ucdm.batch.cli",
+            "--profile",
+            "paper",
+            "--only",
+            "table_03",
+            "--only",
+            "table_11",
+            "--plan",
+            "--rate",
+            "1000",
+            "--training-rate",
+            "1000",
+            "--out",
+            str(tmp_path / "out"),
+        ],
+        capture_output=True,
+        text=True,
+        env=env,
+    )
     assert done.returncode == 0, done.stderr
-    assert "1,600,000 to generate" in done.stdout and "64,000,000 of them for pairs" in done.stdout and "without reading any: cifar100" in done.stdout and "would fail" not in done.stdout
+    assert (
+        "1,600,000 to generate" in done.stdout
+        and "64,000,000 of them for pairs" in done.stdout
+        and "without reading any: cifar100" in done.stdout
+        and "would fail" not in done.stdout
+    )
     assert not list(tmp_path.iterdir())
 
 
 def test_committed_results():
-    "What is committed (or staged) fits together: the README says of each item what the results of profile quick found, they were made with the profile's parameters, and the page of results links only to files of the repository."
+    """What is committed (or staged) fits together: the README says of each item what the results of profile quick
+    found, they were made with the profile's parameters, and the page of results links only to files of the
+    repository.
+    """
     root = Path(__file__).parent.parent
-    git = lambda *args: subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True).stdout
+    git = lambda *args: (
+        subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True).stdout
+    )
     try: files = set(git("ls-files").splitlines())
     except (OSError, subprocess.SubprocessError): pytest.skip("not a git checkout")
     read = lambda name: git("show", f":{name}")
     batch = json.loads(read("outputs/quick/results/batch.json"))["jobs"]
-    rows = [line.split("|") for line in read("README.md").splitlines() if re.match(r"\| (Tables?|Figures?|ours) ?", line)]
+    rows = [
+        line.split("|") for line in read("README.md").splitlines() if re.match(r"\| (Tables?|Figures?|ours) ?", line)
+    ]
     assert len(rows) > 30
     experiments = find_experiments(root / "nbs" / "experiments")
     for _, item, notebook, parameters, expected, found, *_ in rows:
@@ -305,12 +406,22 @@ def test_committed_results():
         results = [f"outputs/quick/results/{n}.json" for n in names]
         verdicts = [json.loads(read(f))["verdict"] if f in files else "not run" for f in results]
         assert found.strip() == (verdicts[0] if len(set(verdicts)) == 1 else ", ".join(verdicts)), item
-        assert not (unknown := set(re.findall(r"`(\w+)`", parameters)) - experiments[names[0]].parameters.keys()), f"README names parameters of {names[0]} that it does not have: {unknown}"
-    for job in plan(experiments, load_profile("quick", root / "nbs" / "experiments" / "profiles"), "../../outputs/quick"):
+        assert not (unknown := set(re.findall(r"`(\w+)`", parameters)) - experiments[names[0]].parameters.keys()), (
+            f"README names parameters of {names[0]} that it does not have: {unknown}"
+        )
+    for job in plan(
+        experiments, load_profile("quick", root / "nbs" / "experiments" / "profiles"), "../../outputs/quick"
+    ):
         assert (f"{job.name}.ipynb) *" in read("README.md")) == job.on_request, job.name
         wanted = {} if job.on_request else json.loads(json.dumps(job.parameters))
-        assert not (other := {k: v for k, v in wanted.items() if batch[job.name]["parameters"].get(k) != v}), f"{job.name} was run with other parameters than the profile's {other}"
-    links = {os.path.normpath(f"outputs/quick/{link}") for link in re.findall(r'href="([^"#]+)"', read("outputs/quick/index.html")) if not link.startswith("http")}
+        assert not (other := {k: v for k, v in wanted.items() if batch[job.name]["parameters"].get(k) != v}), (
+            f"{job.name} was run with other parameters than the profile's {other}"
+        )
+    links = {
+        os.path.normpath(f"outputs/quick/{link}")
+        for link in re.findall(r'href="([^"#]+)"', read("outputs/quick/index.html"))
+        if not link.startswith("http")
+    }
     assert len(links) > 100 and not links - files, sorted(links - files)[:5]
 
 

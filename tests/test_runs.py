@@ -16,15 +16,27 @@ import pytest
 import torch
 
 from ucdm import prior as prior_module
-from ucdm.data import load_dataset
-from ucdm.pairs import PairConfig, generate_pairs
-from ucdm.prior import load_prior
-from ucdm.runs import RunSpec, cache_folder, git_state, pair_set, prior_identity, run, run_many, run_split, spec_hash
-from ucdm.stable_diffusion_2 import SD2_BASE, clip_tokenizer, random_pipeline, shrunk
-from ucdm.store import CorruptShard, PairStore
+from ucdm.data.datasets import load_dataset
+from ucdm.method.pairs import PairConfig
+from ucdm.method.generate import generate_pairs
+from ucdm.diffusion.prior import load_prior
+from ucdm.runs.spec import RunSpec
+from ucdm.runs.pools import cache_folder, pair_set, run_split
+from ucdm.runs.provenance import git_state
+from ucdm.runs.identity import prior_identity, spec_hash
+from ucdm.runs.run import run
+from ucdm.runs.many import run_many
+from ucdm.diffusion.stable_diffusion_2 import SD2_BASE, clip_tokenizer, random_pipeline, shrunk
+from ucdm.method.pair_store import CorruptShard, PairStore
 
 STEPS = dict(steps=2)
-SPEC = RunSpec(n_seeds=12, n_test=10, mismatch=0.5, pairs=STEPS, train=dict(rounds=2, epochs_per_round=3, batch_size=4, depth=10, width=1, precision="float32"))
+SPEC = RunSpec(
+    n_seeds=12,
+    n_test=10,
+    mismatch=0.5,
+    pairs=STEPS,
+    train=dict(rounds=2, epochs_per_round=3, batch_size=4, depth=10, width=1, precision="float32"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +48,9 @@ def seeds(): return load_dataset("fashion-mnist", "train")[torch.arange(20)].unl
 
 
 def generate(prior, seeds, store=None):
-    return generate_pairs(prior, seeds, ("T-shirt", "trouser"), PairConfig(**STEPS), store=store, shard_size=4, progress=False)
+    return generate_pairs(
+        prior, seeds, ("T-shirt", "trouser"), PairConfig(**STEPS), store=store, shard_size=4, progress=False
+    )
 
 
 def same_to_rounding(a, b):
@@ -50,7 +64,7 @@ import sys, torch
 sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 import test_runs as t
-from ucdm.store import PairStore
+from ucdm.method.pair_store import PairStore
 append = PairStore.append
 def said(self, ids, images):
     append(self, ids, images)
@@ -62,9 +76,15 @@ t.generate(t.load_prior("fashion-mnist", dtype=torch.float32), t.load_dataset("f
 
 
 def test_pairs_killed_and_resumed(tmp_path, prior, seeds, one_thread):
-    "Killed after three of five shards of positives and two of negatives: those are not made again, and all pairs are what an undisturbed run gives; the third shard of negatives, made alone, to rounding."
+    """Killed after three of five shards of positives and two of negatives: those are not made again, and all pairs are
+    what an undisturbed run gives; the third shard of negatives, made alone, to rounding.
+    """
     store = tmp_path / "pairs"
-    child = subprocess.Popen([sys.executable, "-c", CHILD.format(tests=os.path.dirname(__file__), store=str(store))], stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD.format(tests=os.path.dirname(__file__), store=str(store))],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     for line in child.stdout:
         if line.strip() == "positive 8": break
     child.send_signal(signal.SIGKILL)
@@ -78,7 +98,9 @@ def test_pairs_killed_and_resumed(tmp_path, prior, seeds, one_thread):
     assert torch.equal(resumed.positives, whole.positives)
     alone = torch.zeros(20, dtype=torch.bool)
     alone[8:12] = True
-    assert torch.equal(resumed.negatives[~alone], whole.negatives[~alone]) and same_to_rounding(resumed.negatives[alone], whole.negatives[alone])
+    assert torch.equal(resumed.negatives[~alone], whole.negatives[~alone]) and same_to_rounding(
+        resumed.negatives[alone], whole.negatives[alone]
+    )
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
@@ -89,10 +111,18 @@ def test_damaged_shard(tmp_path, prior, seeds, damage, one_thread):
     content = shard.read_bytes()
     if damage == "missing": shard.unlink()
     else: shard.write_bytes(content[:-100] if damage == "truncated" else content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(CorruptShard, match=rf"pairs-0000004.*{'missing' if damage == 'missing' else 'truncated or altered'}.*repair\(\)"): generate(prior, seeds[torch.arange(8)], tmp_path)
+    with pytest.raises(
+        CorruptShard,
+        match=rf"pairs-0000004.*{'missing' if damage == 'missing' else 'truncated or altered'}.*repair\(\)",
+    ):
+        generate(prior, seeds[torch.arange(8)], tmp_path)
     assert [e["ids"] for e in PairStore(tmp_path / "negative").repair()] == [[4, 5, 6, 7]]
     after = generate(prior, seeds[torch.arange(8)], tmp_path)
-    assert torch.equal(before.positives, after.positives) and torch.equal(before.negatives[:4], after.negatives[:4]) and same_to_rounding(before.negatives[4:], after.negatives[4:])
+    assert (
+        torch.equal(before.positives, after.positives)
+        and torch.equal(before.negatives[:4], after.negatives[:4])
+        and same_to_rounding(before.negatives[4:], after.negatives[4:])
+    )
 
 
 @contextmanager
@@ -109,7 +139,8 @@ def test_full_disk_while_generating(tmp_path, prior, seeds):
     first = generate(prior, seeds[torch.arange(8)], tmp_path / "whole")
     for kind, images in (("positive", first.positives), ("negative", first.negatives)):
         PairStore(tmp_path / "pairs" / kind, PairStore(tmp_path / "whole" / kind).spec).append([0, 1, 2, 3], images[:4])
-    with room_for(20_000), pytest.raises(OSError, match=r"could not write .*pairs-0000004.*Make room") as e: generate(prior, seeds[torch.arange(8)], tmp_path / "pairs")
+    with room_for(20_000), pytest.raises(OSError, match=r"could not write .*pairs-0000004.*Make room") as e:
+        generate(prior, seeds[torch.arange(8)], tmp_path / "pairs")
     assert e.value.errno == errno.EFBIG
     assert not list((tmp_path / "pairs").rglob("*.partial"))
     assert torch.equal(generate(prior, seeds[torch.arange(8)], tmp_path / "pairs").negatives, first.negatives)
@@ -135,7 +166,7 @@ RUN = """
 import sys, time, torch
 sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
-import test_runs as t, ucdm.training as training
+import test_runs as t, ucdm.method.training as training
 train_epoch, n = training.train_epoch, [0]
 def slow(*args, **kwargs):
     out = train_epoch(*args, **kwargs)
@@ -151,11 +182,18 @@ print("balance", t.run(t.SPEC, {cache!r}, progress=False).protocols)
 
 
 def run_in_child(cache, stop=0):
-    return subprocess.Popen([sys.executable, "-c", RUN.format(tests=os.path.dirname(__file__), cache=str(cache), stop=stop)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN.format(tests=os.path.dirname(__file__), cache=str(cache), stop=stop)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_run_killed_and_resumed(tmp_path):
-    "Killed in the second round of training: the run goes on and ends with the same numbers; the next call only reads them."
+    """Killed in the second round of training: the run goes on and ends with the same numbers; the next call only reads
+    them.
+    """
     child = run_in_child(tmp_path / "a", stop=5)
     for line in child.stdout:
         if line.strip() == "epoch 5": break
@@ -181,7 +219,17 @@ def done(tmp_path_factory):
 def test_provenance(done):
     "A result says what it was computed from."
     _, result = done
-    assert {"packages", "commit", "device", "started", "seconds", "data", "prior", "peak_memory_mb", "threads"} <= result.provenance.keys()
+    assert {
+        "packages",
+        "commit",
+        "device",
+        "started",
+        "seconds",
+        "data",
+        "prior",
+        "peak_memory_mb",
+        "threads",
+    } <= result.provenance.keys()
     assert set(result.protocols) == {"running", "group_pure", "mixed"}
 
 
@@ -192,7 +240,8 @@ def test_damaged_result(done, tmp_path):
     path = tmp_path / "cache" / "runs" / f"{spec_hash(SPEC)}.json"
     for content in (path.read_text()[:200], path.read_text().replace('"closed": ', '"closed": 1')):
         path.write_text(content)
-        with pytest.warns(UserWarning, match=f"{path.name}.*computed again"): again = run(SPEC, tmp_path / "cache", progress=False)
+        with pytest.warns(UserWarning, match=f"{path.name}.*computed again"):
+            again = run(SPEC, tmp_path / "cache", progress=False)
         assert again.protocols == result.protocols
 
 
@@ -229,19 +278,26 @@ def test_failed_run_costs_only_itself(done, tmp_path):
     cache, _ = done
     shutil.copytree(cache, tmp_path / "cache")
     bad = RunSpec(**{**SPEC.__dict__, "prior": str(tmp_path / "nowhere")})
-    with pytest.raises(RuntimeError, match=r"1 of 2 runs failed(?s:.*)nowhere") as e: run_many([bad, SPEC], tmp_path / "cache", progress=False)
+    with pytest.raises(RuntimeError, match=r"1 of 2 runs failed(?s:.*)nowhere") as e:
+        run_many([bad, SPEC], tmp_path / "cache", progress=False)
     assert e.value.results[1] is not None
 
 
 def test_run_with_stable_diffusion_2(tmp_path):
-    "A folder in Stable Diffusion 2's layout, small and with random weights, is a run's generator like any other: pairs, training and evaluation go through, and the result says whose pairs they were."
+    """A folder in Stable Diffusion 2's layout, small and with random weights, is a run's generator like any other:
+    pairs, training and evaluation go through, and the result says whose pairs they were.
+    """
     folder, split = tmp_path / "stable-diffusion-2", run_split(SPEC)
-    random_pipeline(shrunk(SD2_BASE), clip_tokenizer([f"A photo of a {name}" for name in split.known_names])).save_pretrained(folder)
+    random_pipeline(
+        shrunk(SD2_BASE), clip_tokenizer([f"A photo of a {name}" for name in split.known_names])
+    ).save_pretrained(folder)
     spec = replace(SPEC, prior=str(folder))
     result = run(spec, tmp_path / "cache", progress=False)
     assert result.provenance["prior"] == prior_identity(str(folder)) and 0 <= result.metrics["balance"] <= 100
     pairs = pair_set(spec, tmp_path / "cache")
-    assert pairs.positives.shape == pairs.negatives.shape == (12, split.n_known, 3, 32, 32) and not torch.equal(pairs.positives, pairs.negatives)
+    assert pairs.positives.shape == pairs.negatives.shape == (12, split.n_known, 3, 32, 32) and not torch.equal(
+        pairs.positives, pairs.negatives
+    )
     stores = [PairStore(p.parent) for p in (tmp_path / "cache" / "pairs").glob("*/spec.json")]
     assert {s.spec["prior"] for s in stores} == {load_prior(str(folder)).fingerprint}
 
@@ -253,7 +309,11 @@ def test_cache_is_ignored_by_git(tmp_path):
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 def test_package_inside_another_repository(tmp_path):
     "A package that is installed below some repository does not take that one's commit for its own."
-    git = lambda *args: subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *args], check=True, capture_output=True)
+    git = lambda *args: subprocess.run(
+        ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *args],
+        check=True,
+        capture_output=True,
+    )
     module = tmp_path / "site-packages" / "ucdm" / "runs.py"
     module.parent.mkdir(parents=True)
     module.touch()

@@ -8,15 +8,17 @@ import pytest
 import torch
 
 from ucdm import runs
-from ucdm.runs import RunSpec, pair_set, run
-from ucdm.store import MappedImages, PairStore
+from ucdm.runs.spec import RunSpec
+from ucdm.runs.pools import pair_set
+from ucdm.runs.run import run
+from ucdm.method.pair_store import MappedImages, PairStore
 
 SPEC = dict(kind="positive", classes=["cat", "dog"])
 IMAGES = torch.arange(8 * 2 * 3 * 4 * 4).remainder(251).to(torch.uint8).view(8, 2, 3, 4, 4)
 
 HOLDER = """
 import sys, time
-from ucdm.store import PairStore
+from ucdm.method.pair_store import PairStore
 with PairStore(sys.argv[1]).lock():
     print("locked", flush=True)
     time.sleep(600)
@@ -24,12 +26,15 @@ with PairStore(sys.argv[1]).lock():
 
 
 def command(*words):
-    done = subprocess.run([sys.executable, "-m", "ucdm.store", *map(str, words)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "ucdm.method.pair_store", *map(str, words)], capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
 
 def test_second_writer(tmp_path):
-    "While a process holds a store, others can read it, and are told who holds it when they want to write. When it is killed the store is free."
+    """While a process holds a store, others can read it, and are told who holds it when they want to write.
+
+    When it is killed the store is free.
+    """
     store = PairStore(tmp_path, SPEC)
     store.append([0, 1, 2, 3], IMAGES[:4])
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
@@ -66,8 +71,16 @@ def test_commands(tmp_path):
 
 
 def test_training_from_disk(tmp_path, monkeypatch, one_thread):
-    "Pairs that are too large for memory are read batch by batch, and give the same classifier; a damaged shard among them is made again."
-    spec = RunSpec(n_seeds=12, n_test=10, mismatch=0.5, pairs=dict(steps=2), train=dict(rounds=2, epochs_per_round=2, batch_size=4, depth=10, width=1, precision="float32"))
+    """Pairs that are too large for memory are read batch by batch, and give the same classifier; a damaged shard among
+    them is made again.
+    """
+    spec = RunSpec(
+        n_seeds=12,
+        n_test=10,
+        mismatch=0.5,
+        pairs=dict(steps=2),
+        train=dict(rounds=2, epochs_per_round=2, batch_size=4, depth=10, width=1, precision="float32"),
+    )
     in_memory = run(spec, tmp_path, progress=False)
     monkeypatch.setattr(runs, "LOAD_UP_TO", 0)
     shard = next((tmp_path / "pairs").rglob("*.safetensors"))
@@ -80,8 +93,19 @@ def test_training_from_disk(tmp_path, monkeypatch, one_thread):
 
 def test_opened_at_the_same_time(tmp_path):
     "Several processes begin the same store at once."
-    code = "import sys, time, json; from ucdm.store import PairStore\nfor i in range(200):\n    while time.time() % 0.05 > 0.01: pass\n    PairStore(f'{sys.argv[1]}/{i}', dict(kind='positive'))"
-    processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}) for _ in range(3)]
+    code = (
+        "import sys, time, json; from ucdm.method.pair_store import PairStore\nfor i in range(200):\n    while time.time() "
+        "% 0.05 > 0.01: pass\n    PairStore(f'{sys.argv[1]}/{i}', dict(kind='positive'))"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path)],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for _ in range(3)
+    ]
     said = [p.communicate()[1] for p in processes]
     assert not any(p.returncode for p in processes), said
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["spec.json"] * 200
@@ -89,8 +113,20 @@ def test_opened_at_the_same_time(tmp_path):
 
 def test_begun_with_different_specifications(tmp_path):
     "Of two processes that begin a store at once for different pairs, one goes on and the other is told."
-    code = "import sys, time, json; from ucdm.store import PairStore\nfor i in range(100):\n    while time.time() % 0.05 > 0.01: pass\n    try: PairStore(f'{sys.argv[1]}/{i}', dict(kind=sys.argv[2])); print(i)\n    except ValueError as e: assert 'another specification' in str(e), e"
-    processes = {kind: subprocess.Popen([sys.executable, "-c", code, str(tmp_path), kind], stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}) for kind in ("positive", "negative")}
+    code = (
+        "import sys, time, json; from ucdm.method.pair_store import PairStore\nfor i in range(100):\n    while time.time() "
+        "% 0.05 > 0.01: pass\n    try: PairStore(f'{sys.argv[1]}/{i}', dict(kind=sys.argv[2])); print(i)\n    "
+        "except ValueError as e: assert 'another specification' in str(e), e"
+    )
+    processes = {
+        kind: subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path), kind],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for kind in ("positive", "negative")
+    }
     for kind, p in processes.items():
         won = p.communicate()[0].split()
         assert p.returncode == 0

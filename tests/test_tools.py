@@ -23,7 +23,9 @@ def clone(tmp_path, monkeypatch):
 
 def hooks(clone):
     "`make hooks` with an environment that is taken for ready."
-    done = subprocess.run(["make", "-f", str(MAKEFILE), "-o", ".venv/.ready", "hooks"], cwd=clone, capture_output=True, text=True)
+    done = subprocess.run(
+        ["make", "-f", str(MAKEFILE), "-o", ".venv/.ready", "hooks"], cwd=clone, capture_output=True, text=True
+    )
     return done.returncode, done.stderr
 
 
@@ -55,5 +57,11 @@ def test_hooks_of_others_stay(clone, shared):
 def test_notebooks_that_never_started():
     "Where the program that runs them ends at once, no notebook is said to have run."
     assert run_all.notebooks_ran(0, "", 51) == (True, "51 of 51 notebooks ran")
-    assert run_all.notebooks_ran(1, "nbdev Tests Failed On The Following Notebooks:\n\ta.ipynb\n", 51) == (False, "50 of 51 notebooks ran, not a.ipynb")
-    assert run_all.notebooks_ran(1, "No module named 'nbdev'", 51) == (False, "nbdev_test ended with status 1 and named no notebook")
+    assert run_all.notebooks_ran(1, "nbdev Tests Failed On The Following Notebooks:\n\ta.ipynb\n", 51) == (
+        False,
+        "50 of 51 notebooks ran, not a.ipynb",
+    )
+    assert run_all.notebooks_ran(1, "No module named 'nbdev'", 51) == (
+        False,
+        "nbdev_test ended with status 1 and named no notebook",
+    )

@@ -10,9 +10,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ucdm.training import UCDM, TrainConfig, read_tensors, train_ucdm
+from ucdm.method.classifier import UCDM
+from ucdm.method.train_config import TrainConfig
+from ucdm.core.tensor_files import read_tensors
+from ucdm.method.training import train_ucdm
 
-CONFIG = TrainConfig(depth=10, width=1, rounds=3, epochs_per_round=3, batch_size=8, delta=0., bn_affine_steps=4, label_batch_norm="batch", bn_statistics="seeds")
+CONFIG = TrainConfig(
+    depth=10,
+    width=1,
+    rounds=3,
+    epochs_per_round=3,
+    batch_size=8,
+    delta=0.0,
+    bn_affine_steps=4,
+    label_batch_norm="batch",
+    bn_statistics="seeds",
+)
 
 
 def toy_data(n=20, n_known=2):
@@ -21,12 +34,24 @@ def toy_data(n=20, n_known=2):
     def noise(*shape): return torch.randint(0, 64, (*shape, 3, 32, 32), generator=g)
     level = torch.tensor([0, 90]).view(1, n_known, 1, 1, 1)
     seeds = noise(n) + torch.randint(0, 190, (n, 1, 1, 1), generator=g)
-    pairs = SimpleNamespace(positives=(noise(n, n_known) + level).byte(), negatives=(noise(n, n_known) + 190 - level).byte(), classes=("dark", "grey"))
+    pairs = SimpleNamespace(
+        positives=(noise(n, n_known) + level).byte(),
+        negatives=(noise(n, n_known) + 190 - level).byte(),
+        classes=("dark", "grey"),
+    )
     return seeds.byte(), pairs
 
 
 def train(checkpoint, callback=None, config=CONFIG, every=0.):
-    return train_ucdm(*toy_data(), config, checkpoint=checkpoint, callback=callback, progress=False, device="cpu", checkpoint_every=every)
+    return train_ucdm(
+        *toy_data(),
+        config,
+        checkpoint=checkpoint,
+        callback=callback,
+        progress=False,
+        device="cpu",
+        checkpoint_every=every,
+    )
 
 
 def stop_after(round, epoch):
@@ -62,7 +87,9 @@ def child(checkpoint, pause=0., **env):
 
 
 def same_result(a, b):
-    "Two checkpoints hold the same tensors (weights, Adam's moments, pseudo-labels) and the same history but for the time taken."
+    """Two checkpoints hold the same tensors (weights, Adam's moments, pseudo-labels) and the same history but for the
+    time taken.
+    """
     (tensors_a, meta_a), (tensors_b, meta_b) = read_tensors(a), read_tensors(b)
     assert tensors_a.keys() == tensors_b.keys()
     for k, t in tensors_a.items(): assert torch.equal(t, tensors_b[k]), k
@@ -135,17 +162,25 @@ def test_nan_loss(tmp_path):
     before = stopped_run(path)
     def poison(entry, ucdm):
         if entry["kind"] == "epoch": ucdm.model.stem.weight.data[0, 0, 0, 0] = float("nan")
-    with pytest.raises(FloatingPointError, match=r'loss of the \w+ pairs is not finite in round 2, epoch 3, iteration 1\. The checkpoint .*run\.ckpt .*below 0\.005 or precision="float32"'):
+    with pytest.raises(
+        FloatingPointError,
+        match=r'loss of the \w+ pairs is not finite in round 2, epoch 3, iteration 1\. The checkpoint .*run\.ckpt '
+        r'.*below 0\.005 or precision="float32"',
+    ):
         train(path, poison, every=1e6)
     assert path.read_bytes() == before
     cured = train(path, config=replace(CONFIG, lr=1e-3, precision="float32"))
     assert cured.history[-1]["round"] == 2
     changed = [h for h in cured.history if h["kind"] == "changed"]
-    assert changed == [{"kind": "changed", "round": 1, "epoch": 1, "lr": [5e-3, 1e-3], "precision": ["bfloat16", "float32"]}]
+    assert changed == [
+        {"kind": "changed", "round": 1, "epoch": 1, "lr": [5e-3, 1e-3], "precision": ["bfloat16", "float32"]}
+    ]
 
 
 def test_weights_that_overflow_are_not_kept(tmp_path):
-    "A step may ruin the weights after the last loss of an epoch was fine: such a state must not replace a good checkpoint."
+    """A step may ruin the weights after the last loss of an epoch was fine: such a state must not replace a good
+    checkpoint.
+    """
     path = tmp_path / "run.ckpt"
     before = stopped_run(path)
     def poison(entry, ucdm): ucdm.model.stem.weight.data.fill_(float("inf"))
@@ -156,10 +191,12 @@ def test_weights_that_overflow_are_not_kept(tmp_path):
 def test_checkpoint_of_another_run(tmp_path):
     path = tmp_path / "run.ckpt"
     before = stopped_run(path, 0, 1)
-    with pytest.raises(ValueError, match="other settings .seed was 0, is 1"): train(path, config=replace(CONFIG, seed=1))
+    with pytest.raises(ValueError, match="other settings .seed was 0, is 1"):
+        train(path, config=replace(CONFIG, seed=1))
     seeds, pairs = toy_data()
     pairs.negatives[3, 1] += 1
-    with pytest.raises(ValueError, match="other images"): train_ucdm(seeds, pairs, CONFIG, checkpoint=path, progress=False)
+    with pytest.raises(ValueError, match="other images"):
+        train_ucdm(seeds, pairs, CONFIG, checkpoint=path, progress=False)
     with pytest.raises(ValueError, match="is a folder"): train(tmp_path)
     assert path.read_bytes() == before
 
@@ -171,6 +208,10 @@ def test_compile_without_a_compiler(tmp_path):
         "u = train(None, config=replace(CONFIG, compile=True, rounds=1, epochs_per_round=1))\n" \
         "v = train(None, config=replace(CONFIG, rounds=1, epochs_per_round=1))\n" \
         "assert all(torch.equal(a, b) for a, b in zip(u.model.parameters(), v.model.parameters()))"
-    env = os.environ | {"CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    env = os.environ | {
+        "CXX": str(tmp_path / "no-compiler"),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+        "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
+    }
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
