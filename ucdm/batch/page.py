@@ -245,7 +245,7 @@ def _item(out: Path, name: str, entry: dict, result: dict, source: str | None) -
         badge=badge,
         links=links,
         figures=figures,
-        claim=result.get("claim") or entry["claim"],
+        claim=entry["claim"] or result.get("claim", ""),
         thumb=thumbnail(out / figures[0]) if figures else "",
         numbers={k: number(v) for k, v in result.get("numbers", {}).items()},
         checks=result.get("checks", []) if ok else [],

@@ -62,7 +62,6 @@ class Conclusion:
     "What an experiment notebook found; displayed at its end, and written to `out`/results."
     name: str
     item: str
-    claim: str
     checks: list[Check]
     stale: int
     runs: int
@@ -81,7 +80,6 @@ class Conclusion:
 # %% ../../nbs/report/05_claims.ipynb #8d072deb
 def conclude(name: str, # of the notebook
              item: str, # of the paper, e.g. "Table 2"
-             claim: str, # what the paper says there, in one sentence
              checks: Sequence[Check],
              out: str | Path, # folder of the batch
              numbers: dict[str, float | str] = {}, # the few key numbers, with units in their names
@@ -110,7 +108,6 @@ def conclude(name: str, # of the notebook
         dict(
             name=name,
             item=item,
-            claim=claim,
             verdict=verdict(checks),
             checks=[asdict(c) for c in checks],
             numbers=dict(numbers),
@@ -122,4 +119,4 @@ def conclude(name: str, # of the notebook
         ),
     )
     mark_done(out, name)
-    return Conclusion(name, item, claim, list(checks), stale, len(unique))
+    return Conclusion(name, item, list(checks), stale, len(unique))
