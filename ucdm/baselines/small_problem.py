@@ -11,7 +11,7 @@ from torch import Tensor
 from ..data.datasets import load_dataset
 from ..data.images import ImageSet
 from ..data.splits import cdm_split, ClassSplit
-from ..runs.pools import labelled_seed_images
+from ..runs.mismatch import labelled_seed_images
 
 # %% ../../nbs/baselines/03_small_problem.ipynb #72f61f63
 def small_problem(per_class: int|None=10, # labels of each known class; None: all

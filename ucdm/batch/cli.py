@@ -16,7 +16,7 @@ from .profiles import chosen, experiments_folder, find_experiments, Job, load_pr
 from .runner import Batch
 from ..core.checked import nearest
 from ..core.progress import human_time
-from ..runs.engine import ENGINES
+from .engines import ENGINES
 
 # %% ../../nbs/batch/07_cli.ipynb #649cbb56
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)

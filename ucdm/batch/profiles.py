@@ -17,7 +17,7 @@ import yaml
 from .parameters import Parameter, read_parameters, WORDS
 from ..core.checked import fits, nearest
 from ..core.files import canonical, PACKAGE
-from ..runs.identity import code_hash
+from ..runs.code import code_hash
 
 # %% ../../nbs/batch/02_profiles.ipynb #fb525138
 @dataclass(frozen=True)

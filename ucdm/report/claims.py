@@ -15,7 +15,7 @@ import pandas as pd
 
 from ..core.files import atomic_json, write_atomic
 from .intervals import spread
-from ..runs.identity import code_hash
+from ..runs.code import code_hash
 from ..runs.result import mark_done, RunResult
 
 # %% ../../nbs/report/05_claims.ipynb #2e5a43a0
