@@ -16,7 +16,9 @@ from ucdm.data.datasets import load_dataset
 from ucdm.method.generate import BATCH_LIMIT, pair_stores
 from ucdm.method.pairs import KINDS, PairConfig
 from ucdm.runs.spec import RunSpec, grid
-from ucdm.runs.pools import pool_folder, run_split
+from ucdm.runs.identity import resolve
+from ucdm.runs.pools import pool_folders, run_data
+from ucdm.runs.ray_engine import RayEngine
 from ucdm.runs.many import run_many
 from ucdm.method.pair_store import PairStore, inspect_store
 
@@ -57,7 +59,7 @@ def cluster():
     before = dict(os.environ)
     threads, cluster = torch.get_num_threads(), None
     try:
-        os.environ.update(RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1", UCDM_ENGINE="ray")
+        os.environ.update(RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1")
         cluster = start_cluster()
         os.environ["RAY_ADDRESS"] = cluster.address
         torch.set_num_threads(1)
@@ -95,7 +97,7 @@ def test_node_lost_while_generating(cluster, tmp_path):
     """
     import ray
 
-    from ucdm import cluster as c
+    from ucdm.runs import ray_engine as c
     line = c.check_cluster(tmp_path)
     assert line.startswith("2 machines with 2 cores")
     ids, classes, config = list(range(0, 7200, 300)), ("T-shirt", "trouser"), PairConfig(steps=2)
@@ -132,7 +134,7 @@ def test_node_lost_while_generating(cluster, tmp_path):
 
 
 @needs_ray
-def test_node_lost_while_running(cluster, tmp_path, monkeypatch):
+def test_node_lost_while_running(cluster, tmp_path):
     """Two runs share their pairs; a node is killed while both train.
 
     Both results arrive, and are those of a single machine.
@@ -140,18 +142,18 @@ def test_node_lost_while_running(cluster, tmp_path, monkeypatch):
     specs = grid(replace(SPEC, train=SPEC.train | dict(epochs_per_round=60)), seed=[0, 1])
     count = lambda pattern: len(list(tmp_path.glob(pattern)))
     thread, killed = kill_one_when(cluster, lambda: count("partial/*.lock") == 2 and not count("runs/*.json"))
-    there = run_many(specs, tmp_path, progress=False)
+    there = run_many(specs, tmp_path, RayEngine(), progress=False)
     thread.join()
     assert killed and [r.spec.seed for r in there] == [0, 1]
-    monkeypatch.setenv("UCDM_ENGINE", "local")
     # kept in the same cache
     assert [r.provenance["started"] for r in run_many(specs, tmp_path, progress=False)] == [
         r.provenance["started"] for r in there
     ]
-    split = run_split(SPEC)
-    for kind in KINDS:
-        store = PairStore(pool_folder(SPEC, kind, split, load_dataset("fashion-mnist", "train"), tmp_path))
-        assert sorted(i for e in store.index() for i in e["ids"]) == sorted(split.seed_index.tolist())
+    r = resolve(SPEC)
+    data = run_data(r)
+    for pool in pool_folders(r, data, tmp_path).values():
+        index = PairStore(pool).index()
+        assert sorted(i for e in index for i in e["ids"]) == sorted(data.split.seed_index.tolist())
     here = run_many(specs[:1], tmp_path, fresh=True, progress=False)
     assert here[0].protocols == there[0].protocols and here[0].epochs == there[0].epochs
 
@@ -159,7 +161,7 @@ def test_node_lost_while_running(cluster, tmp_path, monkeypatch):
 @needs_ray
 def test_warnings_of_workers(cluster):
     "What a worker warns of is said by the process that gave it the task."
-    from ucdm import cluster as c
+    from ucdm.runs import ray_engine as c
     with pytest.warns(UserWarning, match="out of memory with 64 pairs in a batch"):
         assert list(
             c.run_tasks(
@@ -175,8 +177,9 @@ def test_batch_on_a_cluster(cluster, project):  # noqa: F811
     """
     spec = replace(SPEC, n_seeds=4, train=SPEC.train | dict(rounds=1, epochs_per_round=1))
     body = (
-        f"import ray\nfrom ucdm.runs import RunSpec, run_many\nrun_many([{spec!r}], f'{{out}}/cache', "
-        "progress=False)\nassert len(ray.nodes()) >= 3"
+        "import ray\nfrom ucdm.batch.engines import chosen_engine\nfrom ucdm.runs.many import run_many\n"
+        f"from ucdm.runs.spec import RunSpec\nrun_many([{spec!r}], f'{{out}}/cache', chosen_engine(), progress=False)\n"
+        "assert len(ray.nodes()) >= 3"
     )
     folder = project(table_01=notebook(body=body))
     env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "UCDM_ENGINE")}
@@ -197,7 +200,7 @@ def test_errors_of_the_code_are_not_repeated(cluster, tmp_path):
     """A run that fails on a worker is named with its own error; a cluster that cannot be reached, or cannot run a
     task, is said at once.
     """
-    from ucdm import cluster as c
+    from ucdm.runs import ray_engine as c
     with pytest.raises(
         RuntimeError,
         match=r"1 of 1 runs failed.*\n.*ValueError: .*UASD holds 2 labelled images of each class out of training",
@@ -205,6 +208,7 @@ def test_errors_of_the_code_are_not_repeated(cluster, tmp_path):
         run_many(
             [RunSpec(method="uasd", n_seeds=12, n_test=10, train=dict(labels_per_class=2, held_out=2))],
             tmp_path,
+            RayEngine(),
             progress=False,
         )
     with (
