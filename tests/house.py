@@ -348,6 +348,24 @@ def missing_names(root):
     return problems + missing_keys(root) + missing_in_sidebar(root)
 
 
+def missing_imports(root):
+    "Names that a module, a notebook or a test imports from the package and that are not there."
+    names, known, problems = Names(root), modules(root), []
+    sources = [(m, p, tree(p)) for m, p in known.items()]
+    sources += [("", p, ast.parse(python(s))) for p in notebooks(root) for s in cells(p, "code") if "export" not in s]
+    sources += [("", p, tree(p)) for p in sorted((root / "tests").glob("*.py"))]
+    for module, file, content in sources:
+        package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
+        for node in ast.walk(content):
+            if not isinstance(node, ast.ImportFrom): continue
+            base = package[:len(package) + 1 - node.level] if node.level else []
+            base = ".".join(base + (node.module.split(".") if node.module else []))
+            if base.split(".")[0] != "ucdm": continue
+            wanted = [base if alias.name == "*" else f"{base}.{alias.name}" for alias in node.names]
+            problems += [f"{place(file, root)}: there is no {name} to import" for name in wanted if not names.exists(name)]
+    return problems
+
+
 def parameter_names(notebook):
     "The parameters of an experiment."
     return {m[1] for source in cells(notebook, "code") for m in re.finditer(r"^([a-z_]\w*) = .*  # ", source, re.M)}
@@ -374,7 +392,7 @@ def missing_in_sidebar(root):
     return [f"{place(file, root)}: there is no {entry}" for entry in entries if not list((root / "nbs").glob(entry))]
 
 
-RULES = [over_limits, long_cells, long_lines, long_modules, misplaced, circles, backward, missing_names]
+RULES = [over_limits, long_cells, long_lines, long_modules, misplaced, circles, backward, missing_names, missing_imports]
 
 
 def check(root):

@@ -189,6 +189,21 @@ def test_names_that_exist(root, cell):
     assert problems(root) == []
 
 
+@pytest.mark.parametrize("code", ["from .files import gone", "from ucdm.core import gone", "def late():\n    from ..gone import x"])
+def test_import_of_what_is_not_there(root, code):
+    room(root, "core.device", code, number="02")
+    found, = problems(root)
+    assert found.startswith("ucdm/core/device.py: there is no ucdm.") and found.endswith(" to import")
+
+
+def test_import_of_what_is_not_there_in_a_demonstration_or_test(root):
+    notebook(root / "nbs" / "data" / "02_rose.ipynb", "from ucdm.core.files import save, gone")
+    (root / "tests").mkdir()
+    (root / "tests" / "test_x.py").write_text("from ucdm.gone import x")
+    assert problems(root) == ["nbs/data/02_rose.ipynb: there is no ucdm.core.files.gone to import",
+                              "tests/test_x.py: there is no ucdm.gone.x to import"]
+
+
 def test_patched_method(root):
     "A method that `@patch` adds in another module belongs to the class."
     room(root, "data.more", "from fastcore.basics import patch\nfrom .images import Images\n\n@patch\ndef flip(self: Images): ...",
