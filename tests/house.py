@@ -385,11 +385,13 @@ def missing_keys(root):
 
 
 def missing_in_sidebar(root):
-    "Entries of the sidebar that match no notebook."
-    file = root / "nbs" / "sidebar.yml"
-    if not file.exists(): return []
-    entries = re.findall(r"[\w*/-]+\.ipynb", file.read_text(encoding="utf-8"))
-    return [f"{place(file, root)}: there is no {entry}" for entry in entries if not list((root / "nbs").glob(entry))]
+    "Entries of the sidebar and the bar above the pages that match no notebook."
+    return [
+        f"{place(file, root)}: there is no {entry}"
+        for file in (root / "nbs" / "sidebar.yml", root / "nbs" / "_quarto.yml") if file.exists()
+        for entry in re.findall(r"[\w*/-]+\.ipynb", file.read_text(encoding="utf-8"))
+        if not list((root / "nbs").glob(entry))
+    ]
 
 
 RULES = [over_limits, long_cells, long_lines, long_modules, misplaced, circles, backward, missing_names, missing_imports]

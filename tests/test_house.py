@@ -220,6 +220,7 @@ def test_patched_method(root):
     (".github/workflows/test.yml", "run: python -m ucdm.gone", "ucdm.gone"),
     ("tests/test_x.py", "import ucdm\nmock.patch('ucdm.core.files.gone')", "ucdm.core.files.gone"),
     ("nbs/sidebar.yml", "contents: [gone/*.ipynb]", "gone/*.ipynb"),
+    ("nbs/_quarto.yml", "href: data/gone.ipynb", "data/gone.ipynb"),
     ("nbs/experiments/profiles/quick.yml", "notebooks: {table_09: {seconds: 1}}", "experiment table_09"),
     ("nbs/experiments/profiles/quick.yml", "notebooks: {table_01: {parameters: {sise: 4}}}", "parameter sise of table_01"),
 ])
