@@ -1,4 +1,6 @@
-"""The house rules as figures: what a notebook, a cell, a line and an import may be. `python tests/house.py` prints them.
+"""The house rules as figures: what a notebook, a cell, a line and an import may be.
+
+`python tests/house.py` prints them.
 
 Every rule is a function of the root of a repository and returns a list of problems, each a line that names a place.
 """
@@ -239,7 +241,7 @@ _WITHIN = re.compile(rf"(?:{'|'.join(WINGS)})(?:\.[a-z_]\w*)+(?::[A-Za-z_]\w*)?"
 _NUMBERED = re.compile(r"(?<![\w.-])\d\d_[a-z]\w*(?![\w-])")
 _NOTEBOOK = re.compile(r"(?<![\w*{}<>%./-])(?:\.\./)*[\w/-]+\.ipynb\b")
 _LINK = re.compile(r"\]\(\s*<?([^)\s>#]+)[^)]*\)")
-_FILES = {"py", "ipynb", "md", "csv", "json", "yml", "png", "tex", "html", "parquet", "safetensors", "ckpt", "txt", "log"}
+_FILES = set("py ipynb md csv json yml png tex html parquet safetensors ckpt txt log".split())
 
 
 def names_of(body):
@@ -252,8 +254,8 @@ def names_of(body):
         elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.For)):
             found |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
             found |= {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
-        for part in ("body", "orelse", "finalbody", "handlers"):
-            if isinstance(node, (ast.If, ast.Try, ast.With, ast.ExceptHandler)): found |= names_of(getattr(node, part, []))
+        if isinstance(node, (ast.If, ast.Try, ast.With, ast.ExceptHandler)):
+            for part in ("body", "orelse", "finalbody", "handlers"): found |= names_of(getattr(node, part, []))
     return found
 
 
@@ -311,15 +313,16 @@ class Names:
 
     def paths(self, text, folder):
         "Paths of notebooks, seen from a folder, the root or the notebooks' own folder, that are not there."
-        homes = (folder, self.root, self.root / "nbs")
-        return [m[0] for m in _NOTEBOOK.finditer(text) if "/" in m[0] and not any((home / m[0]).exists() for home in homes)]
+        homes, found = (folder, self.root, self.root / "nbs"), [m[0] for m in _NOTEBOOK.finditer(text) if "/" in m[0]]
+        return [path for path in found if not any((home / path).exists() for home in homes)]
 
 
 def strings(source):
     "The strings and comments of Python code; what stands between the braces of an f-string is left out."
-    nodes = [n.value for n in ast.walk(ast.parse(python(source))) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    values = [node.value for node in ast.walk(ast.parse(python(source))) if isinstance(node, ast.Constant)]
     tokens = tokenize.generate_tokens(io.StringIO(python(source)).readline)
-    return nodes, [token.string for token in tokens if token.type == tokenize.COMMENT and not token.string.startswith("#|")]
+    comments = [token.string for token in tokens if token.type == tokenize.COMMENT]
+    return [value for value in values if isinstance(value, str)], [c for c in comments if not c.startswith("#|")]
 
 
 def missing_names(root):
@@ -362,7 +365,8 @@ def missing_imports(root):
             base = ".".join(base + (node.module.split(".") if node.module else []))
             if base.split(".")[0] != "ucdm": continue
             wanted = [base if alias.name == "*" else f"{base}.{alias.name}" for alias in node.names]
-            problems += [f"{place(file, root)}: there is no {name} to import" for name in wanted if not names.exists(name)]
+            missing = [name for name in wanted if not names.exists(name)]
+            problems += [f"{place(file, root)}: there is no {name} to import" for name in missing]
     return problems
 
 
@@ -376,7 +380,8 @@ def missing_keys(root):
     problems, known = [], {p.stem: parameter_names(p) for p in (root / "nbs" / "experiments").rglob("*.ipynb")}
     for file in sorted((root / "nbs" / "experiments" / "profiles").glob("*.yml")):
         profile = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        wanted = {name: (entry or {}).get("parameters") or {} for name, entry in (profile.get("notebooks") or {}).items()}
+        entries = (profile.get("notebooks") or {}).items()
+        wanted = {name: (entry or {}).get("parameters") or {} for name, entry in entries}
         missing = [f"experiment {name}" for name in wanted if name not in known]
         missing += [f"parameter {key} of {name}" for name, keys in wanted.items() for key in keys
                     if name in known and key not in known[name]]
@@ -394,7 +399,8 @@ def missing_in_sidebar(root):
     ]
 
 
-RULES = [over_limits, long_cells, long_lines, long_modules, misplaced, circles, backward, missing_names, missing_imports]
+RULES = [over_limits, long_cells, long_lines, long_modules, misplaced, circles, backward, missing_names,
+         missing_imports]
 
 
 def check(root):

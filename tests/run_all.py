@@ -1,4 +1,6 @@
-"""`make test`: everything that has to hold, stage by stage. A failed stage does not stop the next ones; the last line counts.
+"""`make test`: everything that has to hold, stage by stage.
+
+A failed stage does not stop the next ones; the last line counts.
 
 Run some of them with `make test ARGS="export clean"`.
 """

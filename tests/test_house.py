@@ -35,7 +35,8 @@ def root(tmp_path):
     (tmp_path / "ucdm").mkdir()
     (tmp_path / "ucdm" / "__init__.py").write_text('__version__ = "1"')
     room(tmp_path, "core.files", "def save(path): ...", "md:A file is written at once.")
-    room(tmp_path, "data.images", "from ucdm.core.files import save\n\nclass Images:\n    def __init__(self): self.n = 0",
+    images = "from ucdm.core.files import save\n\nclass Images:\n    def __init__(self): self.n = 0"
+    room(tmp_path, "data.images", images,
          "md:See [files](../core/01_files.ipynb) and `ucdm.core.files.save`.", 'x = "ucdm.data.images:Images"')
     notebook(tmp_path / "nbs" / "index.ipynb", "md:# ucdm\n\nStart with [images](data/01_images.ipynb).")
     experiments = tmp_path / "nbs" / "experiments"
@@ -67,7 +68,8 @@ def test_long_cell(root):
 def test_median_and_percentile_of_cells(root):
     room(root, "core.files", "\n".join(["def save(path):"] + ["    path"] * 40))
     room(root, "core.more", "\n".join(["def more(path):"] + ["    path"] * 40), number="02")
-    assert problems(root) == ["exported cells, median lines: 41, at most 12", "exported cells, 90th percentile: 41, at most 35"]
+    assert problems(root) == ["exported cells, median lines: 41, at most 12",
+                              "exported cells, 90th percentile: 41, at most 35"]
 
 
 def test_several_definitions_in_a_cell(root):
@@ -189,7 +191,11 @@ def test_names_that_exist(root, cell):
     assert problems(root) == []
 
 
-@pytest.mark.parametrize("code", ["from .files import gone", "from ucdm.core import gone", "def late():\n    from ..gone import x"])
+@pytest.mark.parametrize("code", [
+    "from .files import gone",
+    "from ucdm.core import gone",
+    "def late():\n    from ..gone import x",
+])
 def test_import_of_what_is_not_there(root, code):
     room(root, "core.device", code, number="02")
     found, = problems(root)
@@ -206,8 +212,8 @@ def test_import_of_what_is_not_there_in_a_demonstration_or_test(root):
 
 def test_patched_method(root):
     "A method that `@patch` adds in another module belongs to the class."
-    room(root, "data.more", "from fastcore.basics import patch\nfrom .images import Images\n\n@patch\ndef flip(self: Images): ...",
-         "md:`ucdm.data.images.Images.flip`", number="02")
+    code = "from fastcore.basics import patch\nfrom .images import Images\n\n@patch\ndef flip(self: Images): ..."
+    room(root, "data.more", code, "md:`ucdm.data.images.Images.flip`", number="02")
     assert problems(root) == []
 
 
@@ -222,7 +228,8 @@ def test_patched_method(root):
     ("nbs/sidebar.yml", "contents: [gone/*.ipynb]", "gone/*.ipynb"),
     ("nbs/_quarto.yml", "href: data/gone.ipynb", "data/gone.ipynb"),
     ("nbs/experiments/profiles/quick.yml", "notebooks: {table_09: {seconds: 1}}", "experiment table_09"),
-    ("nbs/experiments/profiles/quick.yml", "notebooks: {table_01: {parameters: {sise: 4}}}", "parameter sise of table_01"),
+    ("nbs/experiments/profiles/quick.yml", "notebooks: {table_01: {parameters: {sise: 4}}}",
+     "parameter sise of table_01"),
 ])
 def test_name_in_another_file(root, file, text, name):
     (root / file).parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,8 @@ COMMITTED = "outputs/committed"
 VERDICTS = {"holds", "hint", "partly", "does not hold", "not tested", "not run"}
 
 
-def git(*args): return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=True).stdout
+def git(*args):
+    return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=True).stdout
 
 
 @pytest.fixture(scope="module")
@@ -36,24 +37,29 @@ def table(text, first=""):
     "The rows of the Markdown tables of a text whose header begins with `first`, each with the block it stands in."
     head, rows, block = None, [], ""
     for line in text.splitlines():
-        cells = [re.sub(r"</?u>|\*\*", "", cell).strip() for cell in line.strip().removeprefix("|").removesuffix("|").split("|")]
+        plain = re.sub(r"</?u>|\*\*", "", line.strip())
+        cells = [cell.strip() for cell in plain.removeprefix("|").removesuffix("|").split("|")]
         if not line.startswith("|"): head = None
         elif head is None: head, block = (cells, "")
         elif set(cells[0]) <= set("-:") and cells[0]: continue
         elif re.fullmatch(r"\*.+\*", cells[0]): block = cells[0].strip("*")
-        elif head[0].startswith(first): rows.append(dict(zip(head, cells), name=re.sub(r" ?(\\\*|†|\*)", "", cells[0]), block=block))
+        elif head[0].startswith(first):
+            rows.append(dict(zip(head, cells), name=re.sub(r" ?(\\\*|†|\*)", "", cells[0]), block=block))
     return rows
+
+
+GROUPS = ("known", "unknown", "new", "balance")
 
 
 def measured(profile):
     "Name of a row -> its values at 60 % mismatch, as the committed tables of a profile give them."
     home, found = f"{COMMITTED}/{profile}/tables", {}
     for row in table(read(f"{home}/table_02_open_set.md")):
-        values = {key: row[f"60% {key}"] for key in ("known", "unknown", "new", "balance")}
+        values = {key: row[f"60% {key}"] for key in GROUPS}
         if "paper" not in row["block"]: found[row["name"]] = values
         else: found[row["name"], "paper"] = values
     for row in table(read(f"{home}/what_limits_accuracies.md")):
-        if profile == "standard": found.setdefault(row["name"], {key: row[key] for key in ("known", "unknown", "new", "balance")})
+        if profile == "standard": found.setdefault(row["name"], {key: row[key] for key in GROUPS})
     return found
 
 
@@ -72,7 +78,8 @@ def test_reproduction_lists_what_was_found(files):
             results = [f"{COMMITTED}/{profile}/results/{name}.json" for name in names]
             verdicts = [json.loads(read(f))["verdict"] if f in files else "not run" for f in results]
             assert set(verdicts) <= VERDICTS, verdicts
-            assert row[f"`{profile}`"] == (verdicts[0] if len(set(verdicts)) == 1 else ", ".join(verdicts)), (row["item"], profile)
+            found = verdicts[0] if len(set(verdicts)) == 1 else ", ".join(verdicts)
+            assert row[f"`{profile}`"] == found, (row["item"], profile)
         unknown = set(re.findall(r"`(\w+)`", row["parameters, among others"])) - experiments[names[0]].parameters.keys()
         assert not unknown, f"the page names parameters of {names[0]} that it does not have: {unknown}"
         assert row["time in `quick`"]
@@ -86,11 +93,11 @@ def test_reproduction_says_what_runs_on_request(files):
     for job in jobs["quick"]: assert (f"{job.name}.ipynb) *" in page) == job.on_request, job.name
     said = re.search(r"^Run on request in `standard`: (.+)\.$", page, re.M)
     assert sorted(re.findall(r"`(\w+)`", said[1])) == sorted(job.name for job in jobs["standard"] if job.on_request)
-    assert not [job.name for job in jobs["paper"] if job.on_request], "the page says of none that it is on request there"
+    assert not [job.name for job in jobs["paper"] if job.on_request], "the page names none for this profile"
 
 
 def test_readme_is_short_and_quotes_results(files):
-    "At most 1,200 words without code, one table of results with at most eight rows, every number as committed or printed."
+    "At most 1,200 words without code; at most eight rows of results, every number as committed or printed."
     readme = read("README.md")
     assert len(re.sub(r"```.*?```", "", readme, flags=re.S).split()) <= 1200
     rows, ours, quick = table(readme, "method"), measured("standard"), measured("quick")
@@ -111,7 +118,7 @@ def test_findings_quotes_results(files):
     assert len(rows) > 20
     curves = {row["name"]: row for row in table(read(f"{COMMITTED}/standard/tables/calibration_and_oscr.md"))}
     for row in rows:
-        assert {key: row[key] for key in ("known", "unknown", "new", "balance")} == ours[row["name"]], row["name"]
+        assert {key: row[key] for key in GROUPS} == ours[row["name"]], row["name"]
         assert (row["n"] == "1") == ("±" not in row["balance"]), row["name"]
         if row["name"] in curves and row["AUROC"]: assert row["AUROC"] == curves[row["name"]]["AUROC"], row["name"]
     text = read(f"{COMMITTED}/standard/tables/table_02_open_set_batch_norm.md")
@@ -164,21 +171,22 @@ def test_pages_compute_nothing():
 
 
 def test_citation():
-    "The file is what cff 1.2.0 asks for, its version is the package's, and its authors are those of the README's entry."
+    "The file has what cff 1.2.0 asks for, the package's version, and the authors of the README's entry."
     cff = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert cff["cff-version"] == "1.2.0" and {"message", "title", "authors", "version", "license"} <= cff.keys()
     settings = (ROOT / "settings.ini").read_text(encoding="utf-8")
     assert cff["version"] == re.search(r"^version = (.+)$", settings, re.M)[1]
     paper = cff["preferred-citation"]
-    assert {"type", "title", "authors", "year"} <= paper.keys() and paper["year"] == 2025 and len(paper["authors"]) == 11
+    assert {"type", "title", "authors", "year"} <= paper.keys() and paper["year"] == 2025
+    assert len(paper["authors"]) == 11
     entry = re.search(r"author\s+= \{(.+?)\}", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[1]
     names = [f"{author['family-names']}, {author['given-names']}" for author in paper["authors"]]
     assert re.split(r"\s+and\s+", entry.strip()) == names
 
 
 def test_workflows():
-    "Both are valid YAML; the tests are those of `.ci/run`, on the oldest Python that the package takes and on a newer one."
-    read_yaml = lambda name: yaml.safe_load((ROOT / ".github" / "workflows" / name).read_text(encoding="utf-8"))
+    "Both are YAML; tests are those of `.ci/run`, on the oldest Python that the package takes and on a newer one."
+    read_yaml = lambda name: yaml.safe_load((ROOT / ".github/workflows" / name).read_text(encoding="utf-8"))
     test, docs = read_yaml("test.yml"), read_yaml("docs.yml")
     oldest = re.search(r"^min_python = (.+)$", (ROOT / "settings.ini").read_text(encoding="utf-8"), re.M)[1]
     job = test["jobs"]["test"]
