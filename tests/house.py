@@ -189,6 +189,12 @@ def misplaced(root):
     return problems
 
 
+def resolved(node, package):
+    "The module that a `from ... import` names, seen from a package given as its parts."
+    base = package[:len(package) + 1 - node.level] if node.level else []
+    return ".".join(base + (node.module.split(".") if node.module else []))
+
+
 def imported(module, file, known):
     "Modules of the package that a module imports, at the top, inside a function or by a literal name."
     package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
@@ -196,8 +202,7 @@ def imported(module, file, known):
     for node in ast.walk(tree(file)):
         if isinstance(node, ast.Import): found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = package[:len(package) + 1 - node.level] if node.level else []
-            base = ".".join(base + (node.module.split(".") if node.module else []))
+            base = resolved(node, package)
             found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module":
             found |= {arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant)}
@@ -355,16 +360,16 @@ def missing_imports(root):
     "Names that a module, a notebook or a test imports from the package and that are not there."
     names, known, problems = Names(root), modules(root), []
     sources = [(m, p, tree(p)) for m, p in known.items()]
-    sources += [("", p, ast.parse(python(s))) for p in notebooks(root) for s in cells(p, "code") if "export" not in s]
+    sources += [("", p, ast.parse(python(s))) for p in notebooks(root) for s in cells(p, "code")
+                if not re.search(r"^#\|\s*exporti?\b", s, re.M)]
     sources += [("", p, tree(p)) for p in sorted((root / "tests").glob("*.py"))]
     for module, file, content in sources:
         package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
         for node in ast.walk(content):
-            if not isinstance(node, ast.ImportFrom): continue
-            base = package[:len(package) + 1 - node.level] if node.level else []
-            base = ".".join(base + (node.module.split(".") if node.module else []))
-            if base.split(".")[0] != "ucdm": continue
-            wanted = [base if alias.name == "*" else f"{base}.{alias.name}" for alias in node.names]
+            if not isinstance(node, (ast.Import, ast.ImportFrom)): continue
+            wanted = [alias.name for alias in node.names]
+            if isinstance(node, ast.ImportFrom): wanted = [f"{resolved(node, package)}.{name}" for name in wanted]
+            wanted = [name.removesuffix(".*") for name in wanted if name.split(".")[0] == "ucdm"]
             missing = [name for name in wanted if not names.exists(name)]
             problems += [f"{place(file, root)}: there is no {name} to import" for name in missing]
     return problems

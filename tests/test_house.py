@@ -194,6 +194,7 @@ def test_names_that_exist(root, cell):
 @pytest.mark.parametrize("code", [
     "from .files import gone",
     "from ucdm.core import gone",
+    "import ucdm.core.gone",
     "def late():\n    from ..gone import x",
 ])
 def test_import_of_what_is_not_there(root, code):
