@@ -1,4 +1,6 @@
-"""`make test`: everything that has to hold, stage by stage. A failed stage does not stop the next ones; the last line counts.
+"""`make test`: everything that has to hold, stage by stage.
+
+A failed stage does not stop the next ones; the last line counts.
 
 Run some of them with `make test ARGS="export clean"`.
 """
@@ -14,6 +16,8 @@ import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
+
+import house as rules
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -135,6 +139,14 @@ def clean():
     return status == 0 and not problems, f"{len(NOTEBOOKS)} notebooks"
 
 
+def house():
+    "Short cells, lines, prose and modules; imports from earlier wings only; every name that is written exists."
+    problems = rules.check(ROOT)
+    print(*problems, sep="\n", end="\n" if problems else "")
+    kept = ", ".join(f"{name} {value:.3g}" for name, value in rules.figures(ROOT).items() if "median" in name)
+    return not problems, f"{len(problems)} problems; {kept}"
+
+
 def notebooks():
     "Every notebook of the library runs from top to bottom."
     status, text = run("nbdev_test", "--n_workers", "2", "--timing", "--do_print", OMP_NUM_THREADS="1")
@@ -184,7 +196,7 @@ def docs():
     return status == 0, found[0] if found else "no site"
 
 
-STAGES = [export, clean, notebooks, tests, experiments, docs]
+STAGES = [export, clean, house, notebooks, tests, experiments, docs]
 
 
 def main():
