@@ -38,8 +38,8 @@ def checked(value, hint, # a type, with ranges and choices if need be
     try: return _adapter(hint).validate_python(value)
     except ValidationError as e: first = e.errors()[0]
     wrong_type = first["type"].endswith("_type") or first["type"] == "is_instance_of"
-    said = first["msg"].removeprefix("Input should be ")
-    raise (TypeError if wrong_type else ValueError)(f"{where} must be {said}, got {value!r}")
+    message = first["msg"].removeprefix("Input should be ")
+    raise (TypeError if wrong_type else ValueError)(f"{where} must be {message}, got {value!r}")
 
 # %% ../../nbs/core/02_checked.ipynb #73e141cc
 @lru_cache(maxsize=None)
