@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_iter
 
 from .device import is_out_of_memory
 
-# %% ../../nbs/core/05_batching.ipynb #7629f651
+# %% ../../nbs/core/05_batching.ipynb #a0e95719
 class PeakMemory(TorchDispatchMode):
     "Counts the bytes that tensors made inside hold at the same time; `peak` is the most."
     def __init__(self):
@@ -40,7 +40,7 @@ class PeakMemory(TorchDispatchMode):
 
 def _storages(tree) -> dict: # address: memory
     "The memory behind all tensors in nested lists, tuples and dictionaries."
-    storages = ((x.untyped_storage()) for x in tree_iter(tree) if isinstance(x, Tensor))
+    storages = (x.untyped_storage() for x in tree_iter(tree) if isinstance(x, Tensor))
     return {s.data_ptr(): s for s in storages if s.nbytes()}
 
 # %% ../../nbs/core/05_batching.ipynb #49b11762
