@@ -196,7 +196,7 @@ def test_unlabelled(tmp_path):
     exif[274] = 3 # turned by half
     sideways.save(tmp_path / "z.png", exif=exif)
     (tmp_path / "._b.png").write_bytes(b"\0")
-    (tmp_path / "notes.txt").write_text("not an image, and not called one")
+    (tmp_path / "notes.txt").write_text("not an image, and not called one", encoding="utf-8")
     images = load_unlabelled(tmp_path, ["dog", "bicycle"])
     assert [p.relative_to(tmp_path).as_posix() for p in image_files(tmp_path)] == [
         "a/1.webp",
@@ -267,9 +267,9 @@ def write_tiny(base, size=(64, 64)):
     for i in range(4): save(base / "val" / "images" / f"val_{i}.JPEG", i, size)
     save(base / "test" / "images" / "test_0.JPEG", 9, size)
     (base / "val" / "val_annotations.txt").write_text(
-        "".join(f"val_{i}.JPEG\t{wnids[i % 2]}\t0\t0\t62\t62\n" for i in range(4))
+        "".join(f"val_{i}.JPEG\t{wnids[i % 2]}\t0\t0\t62\t62\n" for i in range(4)), encoding="utf-8"
     )
-    (base / "wnids.txt").write_text("\n".join(wnids))
+    (base / "wnids.txt").write_text("\n".join(wnids), encoding="utf-8")
 
 
 def check_tiny(train, test):

@@ -160,7 +160,8 @@ def test_mismatch_outside(mismatch):
 
 @pytest.mark.parametrize("arguments, message", [
     (dict(mismatch=0.8), "needs 800 unknown-class images beside 200 known ones, but the pool has 600: at most mismatch=0.75"),
-    (dict(n_seeds=0), "n_seeds must be greater than or equal to 1, got 0"), (dict(n_test=0), "n_test must be greater than or equal to 1, got 0"),
+    (dict(n_seeds=0), "n_seeds must be greater than or equal to 1, got 0"),
+    (dict(n_test=0), "n_test must be greater than or equal to 1, got 0"),
     (dict(class_split="3/3/4"), "cifar10: unknown class split '3/3/4'.* The valid names are .*2/6/2"),
     (dict(class_split=ClassSplit((0,), (10,))), r"10 classes, 0 to 9; the class split asks for \[10\]")])
 def test_what_cannot_be_done(arguments, message):
