@@ -29,7 +29,7 @@ def default_device(device: str | torch.device | None = None, # None chooses
     RuntimeError for a device that PyTorch does not know.
     """
     if device is not None: return str(torch.device(device))
-    if group := process_group(): return str(group.device)
+    if group := process_group(): return "cpu" if group.device.type == "cpu" else str(group.device) # not 'cpu:0'
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 # %% ../../nbs/core/04_device.ipynb #1c8c5cbc
