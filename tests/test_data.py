@@ -15,21 +15,21 @@ import torch
 import torchvision
 from PIL import Image
 
-import ucdm.data as data
+from ucdm.data import datasets, embedded
 from ucdm.data.class_names import CLASSES
-from ucdm.data.images import ImageSet
-from ucdm.data.datasets import load_dataset
-from ucdm.data.folder import load_image_folder, load_unlabelled
+from ucdm.data.datasets import MEDIAN_HASHES, TINY_MD5, TINY_URL, halve, load_dataset, pixel_hash
+from ucdm.data.folder import image_files, load_image_folder, load_unlabelled
+from ucdm.data.images import ImageSet, class_id
 from ucdm.data.parquet import load_parquet
 from ucdm.data.splits import MISMATCHES, cdm_split
 
 
 @pytest.fixture(autouse=True)
 def no_network(tmp_path, monkeypatch):
-    "An empty data folder; whoever tries to download fails the test."
+    "An empty data folder; a test that tries to download fails."
     monkeypatch.setenv("UCDM_DATA", str(tmp_path / "data"))
     def refuse(*args, **kwargs): raise AssertionError(f"tried to download: {args} {kwargs}")
-    for module in (data, torchvision.datasets.cifar, torchvision.datasets.mnist):
+    for module in (datasets, torchvision.datasets.cifar, torchvision.datasets.mnist):
         monkeypatch.setattr(module, "download_and_extract_archive", refuse)
 
 
@@ -73,7 +73,7 @@ def test_embedded():
     assert set(train.counts().values()) == {800} and set(test.counts().values()) == {300}
     assert not train.images[:, :, :2].any() and torch.equal(train.images[:, 0], train.images[:, 2])
     for split, images in (("train", train), ("test", test)):
-        rows = data.embedded_indices(split)
+        rows = embedded.embedded_indices(split)
         assert len(rows) == len(images) and (rows.diff() > 0).all()
 
 
@@ -95,8 +95,8 @@ def test_build_embedded(tmp_path, monkeypatch):
         )
         for kind, array in zip(("images-idx3", "labels-idx1"), official[file]):
             write_idx(source / f"{file}-{kind}-ubyte.gz", array)
-    monkeypatch.setattr(data, "EMBEDDED", {"train": ("train", 4, 0), "test": ("t10k", 2, 1)})
-    data.build_embedded(source, tmp_path / "out")
+    monkeypatch.setattr(embedded, "EMBEDDED", {"train": ("train", 4, 0), "test": ("t10k", 2, 1)})
+    embedded.build_embedded(source, tmp_path / "out")
     for split, file, each in (("train", "train", 4), ("test", "t10k", 2)):
         rebuilt, (images, labels) = load_dataset("fashion-mnist", split, tmp_path / "out"), official[file]
         rows = pq.read_table(tmp_path / "out" / f"{split}.parquet")["index"].to_numpy()
@@ -110,8 +110,8 @@ def test_build_embedded(tmp_path, monkeypatch):
             assert sorted(expected) == [r for r in rows if labels[r] == c]
     (source / "t10k-labels-idx1-ubyte.gz").write_bytes(b"\x1f\x8bnot gzip")
     with pytest.raises(ValueError, match="t10k-labels-idx1-ubyte.gz.*Download it again"):
-        data.fashion_mnist_source(source)
-    with pytest.raises(FileNotFoundError, match="four official files"): data.fashion_mnist_source(tmp_path)
+        embedded.fashion_mnist_source(source)
+    with pytest.raises(FileNotFoundError, match="four official files"): embedded.fashion_mnist_source(tmp_path)
 
 
 # parquet
@@ -181,10 +181,10 @@ def test_image_folder(tmp_path, name):
 
 def test_class_that_does_not_belong(tmp_path):
     for c in ("cat", "doge"): save(tmp_path / "train" / c / "x.png", 1)
-    with pytest.raises(ValueError, match="cifar10 has no class 'doge'; did you mean 'dog'.*airplane, automobile"):
+    with pytest.raises(ValueError, match="cifar10: unknown class 'doge': did you mean 'dog'.*airplane, automobile"):
         load_dataset("cifar10", root=tmp_path)
     with pytest.raises(ValueError, match="did you mean 'lawn mower'"):
-        data.class_id("lawnmower", CLASSES["cifar100"], "cifar100")
+        class_id("lawnmower", CLASSES["cifar100"], "cifar100")
 
 
 def test_unlabelled(tmp_path):
@@ -196,9 +196,9 @@ def test_unlabelled(tmp_path):
     exif[274] = 3 # turned by half
     sideways.save(tmp_path / "z.png", exif=exif)
     (tmp_path / "._b.png").write_bytes(b"\0")
-    (tmp_path / "notes.txt").write_text("not an image, and not called one")
+    (tmp_path / "notes.txt").write_text("not an image, and not called one", encoding="utf-8")
     images = load_unlabelled(tmp_path, ["dog", "bicycle"])
-    assert [p.relative_to(tmp_path).as_posix() for p in data.image_files(tmp_path)] == [
+    assert [p.relative_to(tmp_path).as_posix() for p in image_files(tmp_path)] == [
         "a/1.webp",
         "a/2.jpg",
         "b.png",
@@ -267,9 +267,9 @@ def write_tiny(base, size=(64, 64)):
     for i in range(4): save(base / "val" / "images" / f"val_{i}.JPEG", i, size)
     save(base / "test" / "images" / "test_0.JPEG", 9, size)
     (base / "val" / "val_annotations.txt").write_text(
-        "".join(f"val_{i}.JPEG\t{wnids[i % 2]}\t0\t0\t62\t62\n" for i in range(4))
+        "".join(f"val_{i}.JPEG\t{wnids[i % 2]}\t0\t0\t62\t62\n" for i in range(4)), encoding="utf-8"
     )
-    (base / "wnids.txt").write_text("\n".join(wnids))
+    (base / "wnids.txt").write_text("\n".join(wnids), encoding="utf-8")
 
 
 def check_tiny(train, test):
@@ -306,12 +306,12 @@ def test_tiny_download(tmp_path, monkeypatch):
         with zipfile.ZipFile(Path(root) / "a.zip", "w") as z:
             for p in (tmp_path / "source").rglob("*.*"): z.write(p, p.relative_to(tmp_path / "source"))
         with zipfile.ZipFile(Path(root) / "a.zip") as z: z.extractall(root)
-    monkeypatch.setattr(data, "download_and_extract_archive", fetch)
+    monkeypatch.setattr(datasets, "download_and_extract_archive", fetch)
     with pytest.raises(FileNotFoundError, match="tiny-imagenet could not be downloaded.*network is down.*UCDM_DATA"):
         load_dataset("tiny-imagenet")
     assert list((tmp_path / "data" / "tiny-imagenet").iterdir()) == []
     check_tiny(load_dataset("tiny-imagenet"), load_dataset("tiny-imagenet", "test"))
-    assert calls == [(data.TINY_URL, data.TINY_MD5)] * 2
+    assert calls == [(TINY_URL, TINY_MD5)] * 2
 
 
 def test_cifar_download_fails(tmp_path, monkeypatch):
@@ -342,7 +342,7 @@ def test_nothing_there(tmp_path):
 
 def test_unknown_names():
     with pytest.raises(ValueError, match="did you mean 'tiny-imagenet'"): load_dataset("tinyimagenet")
-    with pytest.raises(ValueError, match="choose 'train' or 'test'"): load_dataset("cifar10", "val")
+    with pytest.raises(ValueError, match="split must be 'train' or 'test', got 'val'"): load_dataset("cifar10", "val")
 
 
 def test_image_set_checks():
@@ -388,20 +388,20 @@ def test_half_does_not_depend_on_layout(tmp_path):
         seeds.name == "cifar10-half"
         and load_dataset("cifar10-half", "train", tmp_path / "b").fingerprint == seeds.fingerprint
     )
-    below, others = data.halve(load_dataset("cifar10", "train", tmp_path / "a"), data.MEDIAN_HASHES["cifar10"])
+    below, others = halve(load_dataset("cifar10", "train", tmp_path / "a"), MEDIAN_HASHES["cifar10"])
     assert below.fingerprint == seeds.fingerprint and 0 < len(seeds) < 12
     assert sorted(numbers(below.images) + numbers(others.images)) == list(range(12))
     test = load_dataset("cifar10-half", "test", tmp_path / "a")
     assert test.name == "cifar10-half" and numbers(test.images) == [0, 1, 2]
-    with pytest.raises(ValueError, match="choose 'train' or 'test'"):
+    with pytest.raises(ValueError, match="split must be 'train' or 'test', got 'val'"):
         load_dataset("cifar10-half", "val", tmp_path / "a")
     with pytest.raises(ValueError, match="1 images of cifar10 have no label"):
-        data.halve(
-            ImageSet(below.images[:1], torch.tensor([-1]), below.classes, "cifar10"), data.MEDIAN_HASHES["cifar10"]
+        halve(
+            ImageSet(below.images[:1], torch.tensor([-1]), below.classes, "cifar10"), MEDIAN_HASHES["cifar10"]
         )
 
 
-LOCAL_CIFAR = data.data_root() / "cifar10" # before the fixture sets UCDM_DATA
+LOCAL_CIFAR = embedded.data_root() / "cifar10" # before the fixture sets UCDM_DATA
 
 @pytest.mark.skipif(not LOCAL_CIFAR.is_dir(), reason="no local CIFAR-10: set UCDM_DATA to a folder that holds cifar10/")
 def test_real_cifar10():
@@ -415,9 +415,9 @@ def test_real_cifar10():
 def test_real_cifar10_half():
     "The medians written down are the medians; every mismatch proportion of the paper is possible."
     whole, test = load_dataset("cifar10", "train", LOCAL_CIFAR), load_dataset("cifar10-half", "test", LOCAL_CIFAR)
-    for c, median in enumerate(data.MEDIAN_HASHES["cifar10"]):
-        assert sorted(map(data.pixel_hash, whole.images[whole.labels == c]))[2500][:6] == median
-    seeds, others = data.halve(whole, data.MEDIAN_HASHES["cifar10"])
+    for c, median in enumerate(MEDIAN_HASHES["cifar10"]):
+        assert sorted(map(pixel_hash, whole.images[whole.labels == c]))[2500][:6] == median
+    seeds, others = halve(whole, MEDIAN_HASHES["cifar10"])
     assert seeds.counts() == others.counts() == dict.fromkeys(CLASSES["cifar10"], 2500)
     half = ImageSet(seeds.images, seeds.labels, seeds.classes, "cifar10-half")
     for mismatch in MISMATCHES: assert (cdm_split((half, test), mismatch).true_labels(half) < 2).sum() == 5000

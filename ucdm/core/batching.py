@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_iter
 
 from .device import is_out_of_memory
 
-# %% ../../nbs/core/05_batching.ipynb #94e53eea
+# %% ../../nbs/core/05_batching.ipynb #a0e95719
 class PeakMemory(TorchDispatchMode):
     "Counts the bytes that tensors made inside hold at the same time; `peak` is the most."
     def __init__(self):
@@ -27,12 +27,9 @@ class PeakMemory(TorchDispatchMode):
         self.held = self.peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        storages = lambda tree: {
-            s.data_ptr(): s for x in tree_iter(tree) if isinstance(x, Tensor) and (s := x.untyped_storage()).nbytes()
-        }
-        given = storages((args, kwargs))
+        given = _storages((args, kwargs))
         out = func(*args, **kwargs or {})
-        for at, storage in storages(out).items():
+        for at, storage in _storages(out).items():
             if at in given: continue # a view, or the result of an operation in place
             self.held += storage.nbytes()
             weakref.finalize(storage, self._freed, storage.nbytes())
@@ -41,49 +38,59 @@ class PeakMemory(TorchDispatchMode):
 
     def _freed(self, size): self.held -= size
 
-# %% ../../nbs/core/05_batching.ipynb #65e94a1c
+def _storages(tree) -> dict: # address: memory
+    "The memory behind all tensors in nested lists, tuples and dictionaries."
+    storages = (x.untyped_storage() for x in tree_iter(tree) if isinstance(x, Tensor))
+    return {s.data_ptr(): s for s in storages if s.nbytes()}
+
+# %% ../../nbs/core/05_batching.ipynb #49b11762
 def free_memory(device: str) -> int: # bytes
     """What can still be had on a device: on the CPU within the limits of a container, shared with the other processes
-    of a team.
+    of the process group on this machine.
     """
     if torch.device(device).type == "cuda": return torch.cuda.mem_get_info(device)[0]
     room, container = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
-    try: room = min(room, int((container / "memory.max").read_text()) - int((container / "memory.current").read_text()))
+    limit, used = container / "memory.max", container / "memory.current"
+    try: room = min(room, int(limit.read_text(encoding="utf-8")) - int(used.read_text(encoding="utf-8")))
     except (OSError, ValueError): pass # no container, or one without a limit ("max")
     return room // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
-# %% ../../nbs/core/05_batching.ipynb #15f93a61
+# %% ../../nbs/core/05_batching.ipynb #5f9d03e7
 class AdaptiveBatches:
-    """Hands items to a function in portions, and halves these when memory runs out.
+    """Hands items to a function in batches, and halves these when memory runs out.
 
     MemoryError where a single item does not fit.
     """
-    def __init__(self, size: int, # items in a portion
+    def __init__(self, size: int, # items in a batch
                  what: str, # the items' name in messages
                 ): self.size, self.what = size, what
 
-    def __call__(self, f: Callable, # from a portion to anything; may be called again with a part of it
+    def __call__(self, f: Callable, # from a batch to anything; may be called again with a part of it
                  items: Sequence, # list or tensor
-                 fixed: bool = False, # fill the last portion up with its last item, as compiled code likes it
-                ) -> Iterator: # f(portion), len(portion)
-        "What the function makes of each portion."
+                 fixed: bool = False, # fill the last batch up with its last item, as compiled code likes it
+                ) -> Iterator: # f(batch), and how many of the items it covers
+        "What the function makes of each batch."
         at = 0
         while at < len(items):
-            portion = items[at:at + self.size]
-            n = len(portion)
-            if fixed: portion = portion + portion[-1:] * (self.size - n)
-            try: made = f(portion)
+            batch = items[at:at + self.size]
+            n = len(batch)
+            if fixed: batch = batch + batch[-1:] * (self.size - n)
+            try: made = f(batch)
             except Exception as e:
                 if not is_out_of_memory(e): raise
-                if len(portion) == 1:
-                    raise MemoryError(
-                        f"there is not enough memory for one of the {self.what}. Free some, or take a machine "
-                        "with more; a prior in bfloat16 takes half of one in float32."
-                    ) from e
-                self.size = len(portion) // 2
-                warnings.warn(f"out of memory with {len(portion)} {self.what} in a batch; going on with {self.size}.")
+                self._halve(len(batch), e)
             else:
                 at += n
                 yield made, n
                 continue
             clear_device_cache(garbage_collection=True) # not before the error, which holds what was in use, is gone
+
+    def _halve(self, n: int, # items in the batch that did not fit
+               error: Exception):
+        if n == 1:
+            raise MemoryError(
+                f"there is not enough memory for one of the {self.what}. Free some, or take a machine with more; a "
+                "prior in bfloat16 takes half of one in float32."
+            ) from error
+        self.size = n // 2
+        warnings.warn(f"out of memory with {n} {self.what} in a batch; going on with {self.size}.", stacklevel=2)

@@ -38,15 +38,15 @@ def checked(value, hint, # a type, with ranges and choices if need be
     try: return _adapter(hint).validate_python(value)
     except ValidationError as e: first = e.errors()[0]
     wrong_type = first["type"].endswith("_type") or first["type"] == "is_instance_of"
-    said = first["msg"].removeprefix("Input should be ")
-    raise (TypeError if wrong_type else ValueError)(f"{where} must be {said}, got {value!r}")
+    message = first["msg"].removeprefix("Input should be ")
+    raise (TypeError if wrong_type else ValueError)(f"{where} must be {message}, got {value!r}")
 
 # %% ../../nbs/core/02_checked.ipynb #73e141cc
 @lru_cache(maxsize=None)
 def _hints(cls: type) -> dict: return typing.get_type_hints(cls, include_extras=True)
 
 def settings(cls: type) -> type: # a frozen dataclass
-    "Decorator: a frozen dataclass whose values are checked against their annotations. A `__post_init__` runs afterwards."
+    "Decorator: a frozen dataclass whose values are checked against their annotations; `__post_init__` runs afterwards."
     further = cls.__dict__.get("__post_init__")
     def __post_init__(self):
         for f in fields(self):
@@ -62,7 +62,9 @@ def check_fields(values: dict, # names and values that someone wrote
                  where: str, # how to call it in the error
                  reserved: dict[str, str] = {}, # fields that are set elsewhere -> where
                 ) -> None:
-    """ValueError for a name that `cls` lacks or that is reserved, and for a value out of range; TypeError for a value of
+    """Compare names and values with the fields of a dataclass.
+
+    ValueError for a name that `cls` lacks or that is reserved, and for a value out of range; TypeError for a value of
     the wrong type. All name the field.
     """
     valid = [f.name for f in fields(cls) if f.name not in reserved]

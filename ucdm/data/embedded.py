@@ -23,9 +23,6 @@ from .class_names import CLASSES
 from .images import ImageSet
 from ..core.files import ASSETS
 
-# %% ../../nbs/data/04_embedded.ipynb #696e72ef
-#| export
-
 # %% ../../nbs/data/04_embedded.ipynb #ec691f91
 # split: official file, images of each class, random stream
 EMBEDDED = {"train": ("train", 800, 0), "test": ("t10k", 300, 1)}
@@ -52,24 +49,18 @@ def data_root() -> Path:
     "Where data sets are looked for and downloaded to: the environment variable UCDM_DATA, or ~/.cache/ucdm/data."
     return Path(os.environ.get("UCDM_DATA") or Path.home() / ".cache" / "ucdm" / "data")
 
-# %% ../../nbs/data/04_embedded.ipynb #f7463c02
+# %% ../../nbs/data/04_embedded.ipynb #cabf97a1
 def fashion_mnist_folder(
     root: Path | str | None = None, # None looks in data_root() and where Debian's package puts them
 ) -> Path | None:
     "The folder that holds the official files of Fashion-MNIST, if there is one."
-    roots = (
-        [Path(root)]
-        if root
-        else [data_root() / "fashion-mnist", data_root(), Path("/usr/share/datasets/fashion-mnist")]
-    )
-    return next(
-        (p for r in roots for p in (r, r / "FashionMNIST" / "raw") if (p / "train-images-idx3-ubyte.gz").is_file()),
-        None,
-    )
+    usual = [data_root() / "fashion-mnist", data_root(), Path("/usr/share/datasets/fashion-mnist")]
+    folders = (p for r in ([Path(root)] if root else usual) for p in (r, r / "FashionMNIST" / "raw"))
+    return next((p for p in folders if (p / "train-images-idx3-ubyte.gz").is_file()), None)
 
-# %% ../../nbs/data/04_embedded.ipynb #bb846ecb
+# %% ../../nbs/data/04_embedded.ipynb #6a540118
 def read_idx(file: Path) -> np.ndarray: # uint8
-    """An array in the IDX format of the MNIST family: element type, number of dimensions, dimensions, bytes.
+    """An array in the IDX format of the MNIST family.
 
     ValueError for a damaged file.
     """
@@ -80,13 +71,9 @@ def read_idx(file: Path) -> np.ndarray: # uint8
     except (EOFError, OSError, IndexError, ValueError) as e:
         raise ValueError(f"{file} is not an IDX file, or damaged ({e}). Download it again.") from None
 
-# %% ../../nbs/data/04_embedded.ipynb #c4c23cfe
-def fashion_mnist_source(root: Path | str | None = None, # folder with the four official .gz files
-                        ) -> tuple[ImageSet, ImageSet]: # 60,000 training and 10,000 test images, 32x32
-    """All of Fashion-MNIST: from `root`, from where it is usually found, or by download.
-
-    FileNotFoundError if `root` does not hold it.
-    """
+# %% ../../nbs/data/04_embedded.ipynb #4cd47631
+def _found_or_downloaded(root: Path | str | None) -> Path: # folder with the four official files
+    "FileNotFoundError if `root` does not hold them, or they cannot be downloaded."
     folder = fashion_mnist_folder(root)
     if folder is None and root:
         raise FileNotFoundError(
@@ -99,47 +86,52 @@ def fashion_mnist_source(root: Path | str | None = None, # folder with the four 
                 f"Fashion-MNIST could not be downloaded ({e}). Give a folder with its four official files as root."
             ) from None
         folder = fashion_mnist_folder(data_root())
+    return folder
+
+# %% ../../nbs/data/04_embedded.ipynb #cdf2f1b5
+def fashion_mnist_source(root: Path | str | None = None, # folder with the four official .gz files
+                        ) -> tuple[ImageSet, ImageSet]: # 60,000 training and 10,000 test images, 32x32
+    """All of Fashion-MNIST: from `root`, from where it is usually found, or by download.
+
+    FileNotFoundError if `root` does not hold it.
+    """
+    folder = _found_or_downloaded(root)
     def part(file):
-        images, labels = (
-            torch.from_numpy(read_idx(folder / f"{file}-{kind}-ubyte.gz")) for kind in ("images-idx3", "labels-idx1")
-        )
-        return ImageSet(
-            F.pad(images, (2, 2, 2, 2))[:, None].expand(-1, 3, -1, -1),
-            labels.long(),
-            CLASSES["fashion-mnist"],
-            "fashion-mnist",
-        )
+        kinds = ("images-idx3", "labels-idx1")
+        images, labels = (torch.from_numpy(read_idx(folder / f"{file}-{kind}-ubyte.gz")) for kind in kinds)
+        colour = F.pad(images, (2, 2, 2, 2))[:, None].expand(-1, 3, -1, -1)
+        return ImageSet(colour, labels.long(), CLASSES["fashion-mnist"], "fashion-mnist")
     return part("train"), part("t10k")
 
-# %% ../../nbs/data/04_embedded.ipynb #d51cbe93
+# %% ../../nbs/data/04_embedded.ipynb #5921af36
 def _webp(grey: np.ndarray, # uint8 [H, W]
          ) -> bytes:
+    "Lossless WebP."
     buffer = io.BytesIO()
     Image.fromarray(grey).save(buffer, "WEBP", lossless=True, quality=100, method=6)
     return buffer.getvalue()
 
-# %% ../../nbs/data/04_embedded.ipynb #2ea7ccdd
-def build_embedded(source_root: Path | str | None, # the official files, as for `fashion_mnist_source`
-                   out_dir: Path | str) -> None:
-    """Make train.parquet and test.parquet from the official files: 28x28, grey, lossless WebP of about 440 bytes,
-    class names in the schema.
-    """
-    out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
+# %% ../../nbs/data/04_embedded.ipynb #190a4d08
+def _embedded_table(source: ImageSet, # an official file
+                    split: str) -> pa.Table: # images, labels and rows of the official file
+    "The images that the rule picks; class names in the schema."
+    file, per_class, stream = EMBEDDED[split]
     features = {
         "image": {"_type": "Image"},
         "label": {"names": CLASSES["fashion-mnist"], "_type": "ClassLabel"},
         "index": {"dtype": "int64", "_type": "Value"},
     }
-    for source, (split, (file, per_class, stream)) in zip(fashion_mnist_source(source_root), EMBEDDED.items()):
-        rows = embedded_rows(source.labels, per_class, stream)
-        images = [
-            {"bytes": _webp(source.images[i, 0, 2:-2, 2:-2].numpy()), "path": f"{file}-{i:05d}.webp"}
-            for i in rows.tolist()
-        ]
-        table = pa.table({"image": pa.array(images), "label": source.labels[rows].numpy(), "index": rows.numpy()})
-        pq.write_table(
-            table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})}),
-            out_dir / f"{split}.parquet",
-            compression="zstd",
-        )
+    rows = embedded_rows(source.labels, per_class, stream)
+    def image(i): return {"bytes": _webp(source.images[i, 0, 2:-2, 2:-2].numpy()), "path": f"{file}-{i:05d}.webp"}
+    images = [image(i) for i in rows.tolist()]
+    table = pa.table({"image": pa.array(images), "label": source.labels[rows].numpy(), "index": rows.numpy()})
+    return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+
+# %% ../../nbs/data/04_embedded.ipynb #c35c28ba
+def build_embedded(source_root: Path | str | None, # the official files, as for `fashion_mnist_source`
+                   out_dir: Path | str) -> None:
+    "Make train.parquet and test.parquet from the official files."
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for source, split in zip(fashion_mnist_source(source_root), EMBEDDED):
+        pq.write_table(_embedded_table(source, split), out_dir / f"{split}.parquet", compression="zstd")

@@ -35,7 +35,7 @@ def load_image_folder(root: Path | str, # root/<class>/<image>, at any depth bel
         name or root.name,
     )
 
-# %% ../../nbs/data/05_folder.ipynb #5e4308a5
+# %% ../../nbs/data/05_folder.ipynb #1ffb6220
 def image_files(folder: Path | str) -> list[Path]:
     """Image files in a folder and below, sorted; hidden ones are left out.
 
@@ -43,15 +43,12 @@ def image_files(folder: Path | str) -> list[Path]:
     """
     folder = Path(folder)
     if not folder.is_dir(): raise FileNotFoundError(f"there is no folder {folder}; check the path.")
-    found = sorted(
-        p
-        for p in folder.rglob("*")
-        if p.suffix.lower() in IMG_EXTENSIONS and p.is_file() and not p.name.startswith(".")
-    )
+    def is_image(p): return p.suffix.lower() in IMG_EXTENSIONS and p.is_file() and not p.name.startswith(".")
+    found = sorted(p for p in folder.rglob("*") if is_image(p))
     if not found: raise FileNotFoundError(f"{folder} holds no images; looked for {', '.join(IMG_EXTENSIONS)}.")
     return found
 
-# %% ../../nbs/data/05_folder.ipynb #3a367a20
+# %% ../../nbs/data/05_folder.ipynb #42fc4648
 def load_unlabelled(folder: Path | str, # your images, in the order of `image_files`
                     classes: tuple[str, ...], # names of the classes you care about
                     size: int = 32) -> ImageSet: # labels are -1
@@ -62,9 +59,5 @@ def load_unlabelled(folder: Path | str, # your images, in the order of `image_fi
     if isinstance(classes, str) or not classes or len(set(classes)) < len(classes):
         raise ValueError(f"classes must be a list of one or more different names, got {classes!r}.")
     paths = image_files(folder)
-    return ImageSet(
-        decode_images(paths, list(map(str, paths)), size),
-        torch.full((len(paths),), -1),
-        tuple(classes),
-        Path(folder).name,
-    )
+    images = decode_images(paths, list(map(str, paths)), size)
+    return ImageSet(images, torch.full((len(paths),), -1), tuple(classes), Path(folder).name)
