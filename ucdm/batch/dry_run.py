@@ -22,7 +22,7 @@ from .profiles import Job
 from ..data import datasets
 from ..data.class_names import CLASSES
 from ..data.images import ImageSet
-from ..data.splits import IMAGES_PER_CLASS
+from ..data.datasets import IMAGES_PER_CLASS
 from ..method.pair_store import PairSet
 from ..runs.engine import Engine
 from ..runs.pools import images_of, run_split
