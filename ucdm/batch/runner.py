@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Batch']
 
-# %% ../../nbs/batch/08_runner.ipynb #49979f62
+# %% ../../nbs/batch/08_runner.ipynb #514a5a46
 import fcntl, json, os, shutil, signal, threading, time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,277 +13,308 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 
+from fastcore.basics import patch
+
+from .comparison import compare_tables, describe_differences
 from .kernels import first_lines, kill_tree, Outcome, QUIET, Starter
 from .page import write_summary
 from .profiles import Experiment, Job
 from ..core.progress import human_time
 
-# %% ../../nbs/batch/08_runner.ipynb #52740aaf
+# %% ../../nbs/batch/08_runner.ipynb #608da4de
 class Batch:
     """Jobs of one profile and the folder they write to.
 
     A script that calls `run` must do so under `if __name__ == '__main__':`, since notebooks may start as processes of
     multiprocessing.
     """
-    def __init__(
-        self,
-        profile: str,
-        jobs: Sequence[Job],
-        out: str | Path,
-        workers: int = 1,
-        echo: Callable[[str], None] = print,
-        description: str = "", # of the profile, for the page
-        # all that there are, for the page: it drops results of others; None: it keeps them
-        experiments: Mapping[str, Experiment] | None = None,
-    ):
-        self.experiments, self.profile, self.jobs, self.out, self.workers, self.echo, self.description = (
-            experiments,
-            profile,
-            list(jobs),
-            Path(out),
-            workers,
-            echo,
-            description,
-        )
+    def __init__(self, profile: str, jobs: Sequence[Job], out: str | Path,
+                 workers: int = 1, # notebooks at the same time
+                 echo: Callable[[str], None] = print, # takes lines for the terminal
+                 description: str = "", # of the profile, for the page
+                 # all that there are, for the page: it drops results of others; None: it keeps them
+                 experiments: Mapping[str, Experiment] | None = None,
+                 committed: Path | None = None, # results to compare with, if there are any
+                ):
+        self.profile, self.jobs, self.out, self.workers, self.echo = profile, list(jobs), Path(out), workers, echo
+        self.description, self.experiments, self.committed = description, experiments, committed
         self.outcomes: dict[str, Outcome] = {}
         self.facts: dict = {} # about the machine and the code, for the page
-        self.stop, self.began, self.invocation = (
-            threading.Event(),
-            time.monotonic(),
-            datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
-        )
+        self.stop, self.began = threading.Event(), time.monotonic()
+        self.invocation = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         for part in ("notebooks", "figures", "tables", "results", "logs", "cache/done"):
             (self.out / part).mkdir(parents=True, exist_ok=True)
-        for part in ("cache", "logs"): (self.out / part / ".gitignore").write_text("*\n")
+        for part in ("cache", "logs"): (self.out / part / ".gitignore").write_text("*\n", encoding="utf-8")
 
-    @property
-    def threads(self) -> dict[str, str]:
-        "Each notebook's share of the cores, as environment variables."
-        share = str(max(1, (os.cpu_count() or 1) // self.workers))
-        return dict(OMP_NUM_THREADS=share, MKL_NUM_THREADS=share) if self.workers > 1 else {}
+# %% ../../nbs/batch/08_runner.ipynb #3e57689f
+@patch
+def notebook(self: Batch, job: Job) -> Path:
+    "Where a job's executed notebook is."
+    return self.out / "notebooks" / f"{job.name}.ipynb"
 
-    def is_done(self, job: Job) -> bool:
-        "Whether the job's last cell left its mark, for this code and these parameters."
-        try:
-            return (
-                json.loads((self.out / "cache" / "done" / f"{job.name}.json").read_text())["key"] == job.key
-                and self.notebook(job).exists()
-            )
-        except (OSError, ValueError, KeyError, TypeError): return False
 
-    def notebook(self, job: Job) -> Path: return self.out / "notebooks" / f"{job.name}.ipynb"
+@patch
+def result(self: Batch, name: str) -> dict:
+    "What a notebook concluded; {} if it did not."
+    try: return json.loads((self.out / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError): return {}
 
-    def forget(self, everything: bool) -> None:
-        """What --fresh does, for who holds the lock: delete what is in the cache, or only the marks of the chosen jobs
-        and the runs of their last results.
-        """
-        for part in list((self.out / "cache").iterdir()) if everything else ():
-            if part.name in (".batch.lock", ".gitignore"): continue
-            if part.is_dir() and not part.is_symlink(): shutil.rmtree(part)
-            else: part.unlink()
-        (self.out / "cache" / "done").mkdir(exist_ok=True)
-        for job in self.jobs:
-            (self.out / "cache" / "done" / f"{job.name}.json").unlink(missing_ok=True)
-            try: runs = json.loads((self.out / "results" / f"{job.name}.json").read_text())["runs"]
-            except (OSError, ValueError, KeyError): runs = []
-            for h in runs: (self.out / "cache" / "runs" / f"{h}.json").unlink(missing_ok=True)
+# %% ../../nbs/batch/08_runner.ipynb #e0bd8fd0
+@patch
+def is_done(self: Batch, job: Job) -> bool:
+    "Whether the job's last cell left its mark, for this code and these parameters."
+    mark = self.out / "cache" / "done" / f"{job.name}.json"
+    try: return json.loads(mark.read_text(encoding="utf-8"))["key"] == job.key and self.notebook(job).exists()
+    except (OSError, ValueError, KeyError, TypeError): return False
 
-    def left(self) -> float:
-        "Expected seconds of what is not finished, scaled by how expectation and reality compared so far."
-        ran = [o for o in self.outcomes.values() if o.status in ("done", "failed")]
-        pace = sum(o.seconds for o in ran) / sum(o.job.seconds for o in ran) if ran else 1.0
+
+@patch(as_prop=True)
+def failed(self: Batch) -> list[Outcome]:
+    "What was not done."
+    return [o for o in self.outcomes.values() if o.status not in ("done", "kept")]
+
+# %% ../../nbs/batch/08_runner.ipynb #c5a134db
+@patch
+@contextmanager
+def locked(self: Batch):
+    "Hold the folder against other batches. RuntimeError if one has it."
+    deadline = time.monotonic() + 10
+    with open(self.out / "cache" / ".batch.lock", "a+") as lock:
+        while True:
+            try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB); break
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(
+                        f"another batch is writing to {self.out}. Wait for it, stop it, or choose another "
+                        "folder with --out."
+                    ) from None
+                time.sleep(0.3)
+        yield lock
+
+# %% ../../nbs/batch/08_runner.ipynb #9620048d
+@patch
+def forget(self: Batch, everything: bool) -> None:
+    """What --fresh does, for the process that holds the lock: delete what is in the cache, or only the marks of the
+    chosen jobs and the runs of their last results.
+    """
+    cache = self.out / "cache"
+    for part in list(cache.iterdir()) if everything else ():
+        if part.name in (".batch.lock", ".gitignore"): continue
+        if part.is_dir() and not part.is_symlink(): shutil.rmtree(part)
+        else: part.unlink()
+    (cache / "done").mkdir(exist_ok=True)
+    for job in self.jobs:
+        (cache / "done" / f"{job.name}.json").unlink(missing_ok=True)
+        for h in self.result(job.name).get("runs", []): (cache / "runs" / f"{h}.json").unlink(missing_ok=True)
+
+# %% ../../nbs/batch/08_runner.ipynb #2e1c9e9a
+@patch
+def left(self: Batch) -> float:
+    "Expected seconds of what is not finished, scaled by how expectation and reality compared so far."
+    ran = [o for o in self.outcomes.values() if o.status in ("done", "failed")]
+    pace = sum(o.seconds for o in ran) / sum(o.job.seconds for o in ran) if ran else 1.0
+    waiting = sum(j.seconds for j in self.jobs if j.name not in self.outcomes and not self.is_done(j))
+    return pace * waiting / self.workers
+
+
+@patch
+def _clock(self: Batch) -> str:
+    left = self.left()
+    return f"{human_time(time.monotonic() - self.began)} elapsed" + (f", about {human_time(left)} left" if left else "")
+
+
+@patch
+def note(self: Batch, job: Job, text: str) -> None:
+    "A line about a job."
+    place = [j.name for j in self.jobs].index(job.name) + 1
+    self.echo(f"[{place:>{len(str(len(self.jobs)))}}/{len(self.jobs)}] {job.name}  {text}")
+
+# %% ../../nbs/batch/08_runner.ipynb #8c6d987d
+@patch
+def _finish(self: Batch, outcome: Outcome) -> Outcome:
+    "Keep what became of a job, and say it."
+    job, took = outcome.job, human_time(outcome.seconds)
+    self.outcomes[job.name] = outcome
+    if outcome.status == "kept": self.note(job, "already done")
+    elif outcome.status == "done":
+        self.note(job, f"done in {took}: {self.result(job.name).get('verdict', 'ran')}; {self._clock()}")
+    else:
+        first = (outcome.error.splitlines() or [""])[0]
+        self.note(job, f"{outcome.status.upper()} after {took}: {first}; {self._clock()}")
+    return outcome
+
+# %% ../../nbs/batch/08_runner.ipynb #f3d46a86
+@patch
+def _watch(
+    self: Batch, job: Job, log: Path, pid: int, poll: Callable
+) -> tuple[str, int | None]: # why it was stopped; exit status
+    "Wait for a notebook's process, and show its lines of progress."
+    began, status = time.monotonic(), ""
+    with open(log, encoding="utf-8", errors="replace") as lines:
+        def show():
+            for line in lines.read().splitlines():
+                if line.startswith("· "): self.echo(f"      {line}")
+        while (ended := poll()) is None:
+            if self.stop.wait(0.2): status = "interrupted"
+            elif time.monotonic() - began > job.limit: status = "timed out"
+            if status:
+                kill_tree(pid)
+                while poll() is None: time.sleep(0.05)
+                break
+            show()
+        show()
+    return status, ended
+
+# %% ../../nbs/batch/08_runner.ipynb #fccb5472
+@patch(as_prop=True)
+def threads(self: Batch) -> dict[str, str]:
+    "Each notebook's part of the cores, as environment variables."
+    part = str(max(1, (os.cpu_count() or 1) // self.workers))
+    return dict(OMP_NUM_THREADS=part, MKL_NUM_THREADS=part) if self.workers > 1 else {}
+
+# %% ../../nbs/batch/08_runner.ipynb #3a0e4c44
+@patch
+def _why(
+    self: Batch, job: Job, status: str, ended: int | None, failure: Path, log: Path
+) -> tuple[str, str, str]: # status, error, traceback
+    "What became of a notebook whose process has ended."
+    if status == "timed out":
+        limit = human_time(job.limit)
         return (
-            pace
-            * sum(j.seconds for j in self.jobs if j.name not in self.outcomes and not self.is_done(j))
-            / self.workers
+            status,
+            f"stopped after its limit of {limit}. Raise limit_minutes in the profile, or make the parameters smaller",
+            "",
         )
+    if status: return status, "stopped", ""
+    if failure.exists():
+        found = json.loads(failure.read_text(encoding="utf-8"))
+        kernel = "(kernel) " if found["kind"] == "infrastructure" else ""
+        cell = f" (cell {found['cell']})" if found["cell"] else ""
+        return "failed", f"{kernel}{found['error']}{cell}", found["traceback"]
+    if ended:
+        killed = " (killed; often for lack of memory)" if ended == -9 else ""
+        last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
+        return "failed", f"its process ended with status {ended}{killed}", "\n".join(last)
+    if not self.is_done(job):
+        must = "it must call `conclude` (or `mark_done`) with the notebook's own name"
+        return "failed", f"all cells ran, but the last one left no mark: {must}", ""
+    return "done", "", ""
 
-    def note(self, job: Job, text: str) -> None:
-        place = [j.name for j in self.jobs].index(job.name) + 1
-        self.echo(f"[{place:>{len(str(len(self.jobs)))}}/{len(self.jobs)}] {job.name}  {text}")
+# %% ../../nbs/batch/08_runner.ipynb #103acea4
+@patch
+def _attempt(self: Batch, job: Job) -> Outcome:
+    "Run a notebook once."
+    logs, target = self.out / "logs", self.out / "notebooks" / f"{job.name}.running.ipynb"
+    log, failure = logs / f"{job.name}.log", logs / f"{job.name}.failure.json"
+    failure.unlink(missing_ok=True)
+    env = os.environ | QUIET | self.threads | dict(UCDM_NOTEBOOK_KEY=job.key, UCDM_LOG=str(log.resolve()))
+    source, *files = (str(p.resolve()) for p in (job.experiment.path, target, failure))
+    began = time.monotonic()
+    pid, poll = self.starter(log, env, (source, files[0], json.dumps(job.parameters), files[1]))
+    status, ended = self._watch(job, log, pid, poll)
+    seconds = time.monotonic() - began
+    if target.exists() and status != "interrupted": os.replace(target, self.notebook(job))
+    target.unlink(missing_ok=True)
+    status, error, trace = self._why(job, status, ended, failure, log)
+    return Outcome(job, status, seconds, error, trace)
 
-    def _clock(self) -> str:
-        left = self.left()
-        return f"{human_time(time.monotonic() - self.began)} elapsed" + (
-            f", about {human_time(left)} left" if left else ""
-        )
+# %% ../../nbs/batch/08_runner.ipynb #2dc69813
+@patch
+def run_job(self: Batch, job: Job) -> Outcome:
+    "Run one notebook, or find that it is done."
+    if self.stop.is_set(): return self._finish(Outcome(job, "interrupted", error="not started"))
+    if self.is_done(job): return self._finish(Outcome(job, "kept"))
+    self.note(job, f"started; expected {human_time(job.seconds)}")
+    for attempt in (1, 2):
+        outcome = self._attempt(job)
+        if outcome.status != "failed" or attempt == 2 or not outcome.error.startswith("(kernel)"): break
+        self.note(job, f"the kernel failed ({outcome.error.splitlines()[0]}); trying once more")
+    return self._finish(outcome)
 
-    def run_job(self, job: Job) -> Outcome:
-        "Run one notebook, or find that it is done."
-        if self.stop.is_set(): return self._finish(Outcome(job, "interrupted", error="not started"))
-        if self.is_done(job): return self._finish(Outcome(job, "kept"))
-        self.note(job, f"started; expected {human_time(job.seconds)}")
-        for attempt in (1, 2):
-            outcome = self._attempt(job)
-            if outcome.status != "failed" or attempt == 2 or not outcome.error.startswith("(kernel)"): break
-            self.note(job, f"the kernel failed ({outcome.error.splitlines()[0]}); trying once more")
-        return self._finish(outcome)
+# %% ../../nbs/batch/08_runner.ipynb #6a0dd199
+def _interrupt(*_): raise KeyboardInterrupt
 
-    def _attempt(self, job: Job) -> Outcome:
-        log, failure, target = (
-            self.out / "logs" / f"{job.name}.log",
-            self.out / "logs" / f"{job.name}.failure.json",
-            self.out / "notebooks" / f"{job.name}.running.ipynb",
-        )
-        failure.unlink(missing_ok=True)
-        began, env = (
-            time.monotonic(),
-            os.environ | QUIET | self.threads | dict(UCDM_NOTEBOOK_KEY=job.key, UCDM_LOG=str(log.resolve())),
-        )
-        pid, poll = self.starter(
-            log,
-            env,
-            (
-                str(job.experiment.path.resolve()),
-                str(target.resolve()),
-                json.dumps(job.parameters),
-                str(failure.resolve()),
-            ),
-        )
-        status = ""
-        with open(log) as lines:
-            def tail():
-                for line in lines.read().splitlines():
-                    if line.startswith("· "): self.echo(f"      {line}")
-            while (ended := poll()) is None:
-                if self.stop.wait(0.2): status = "interrupted"
-                elif time.monotonic() - began > job.limit: status = "timed out"
-                if status:
-                    kill_tree(pid)
-                    while poll() is None: time.sleep(0.05)
-                    break
-                tail()
-            tail()
-        seconds = time.monotonic() - began
-        if target.exists() and status != "interrupted": os.replace(target, self.notebook(job))
-        target.unlink(missing_ok=True)
-        if status == "timed out":
-            return Outcome(
-                job,
-                status,
-                seconds,
-                f"stopped after its limit of {human_time(job.limit)}. Raise limit_minutes in the profile, or "
-                "make the parameters smaller",
-            )
-        if status: return Outcome(job, status, seconds, "stopped")
-        if failure.exists():
-            said = json.loads(failure.read_text())
-            return Outcome(
-                job,
-                "failed",
-                seconds,
-                ("(kernel) " if said["kind"] == "infrastructure" else "")
-                + said["error"]
-                + (f" (cell {said['cell']})" if said["cell"] else ""),
-                said["traceback"],
-            )
-        if ended:
-            return Outcome(
-                job,
-                "failed",
-                seconds,
-                f"its process ended with status {ended}"
-                + (" (killed; often for lack of memory)" if ended == -9 else ""),
-                "\n".join(log.read_text().splitlines()[-15:]),
-            )
-        if not self.is_done(job):
-            return Outcome(
-                job,
-                "failed",
-                seconds,
-                "all cells ran, but the last one left no mark: it must call `conclude` (or `mark_done`) with "
-                "the notebook's own name",
-            )
-        return Outcome(job, "done", seconds)
+@contextmanager
+def _terminable():
+    "Within it, a termination signal ends the batch as Ctrl-C does."
+    is_main = threading.current_thread() is threading.main_thread()
+    old = signal.signal(signal.SIGTERM, _interrupt) if is_main else None
+    try: yield
+    finally:
+        if is_main: signal.signal(signal.SIGTERM, old)
 
-    def _finish(self, outcome: Outcome) -> Outcome:
-        self.outcomes[outcome.job.name] = outcome
-        if outcome.status == "kept": self.note(outcome.job, "already done")
-        elif outcome.status == "done":
-            self.note(
-                outcome.job,
-                f"done in {human_time(outcome.seconds)}: {self.result(outcome.job.name).get('verdict', 'ran')}; "
-                f"{self._clock()}",
-            )
-        else:
-            self.note(
-                outcome.job,
-                f"{outcome.status.upper()} after {human_time(outcome.seconds)}: "
-                f"{outcome.error.splitlines()[0] if outcome.error else ''}; {self._clock()}",
-            )
-        return outcome
+# %% ../../nbs/batch/08_runner.ipynb #ee58192d
+@patch
+def write_page(self: Batch) -> Path:
+    "Write the summary page of what there is."
+    return write_summary(self)
 
-    def result(self, name: str) -> dict:
-        try: return json.loads((self.out / "results" / f"{name}.json").read_text())
-        except (OSError, ValueError): return {}
 
-    @property
-    def failed(self) -> list[Outcome]: return [o for o in self.outcomes.values() if o.status not in ("done", "kept")]
-
-    def run(self, fresh: bool = False, # begin with `forget`
-            everything: bool = False, # what it forgets
-           ) -> int: # exit status: 0, 1 if a notebook failed, 130 if interrupted
-        "All jobs; then the summary page and the closing lines."
-        with self.locked() as lock:
-            if fresh: self.forget(everything)
-            self.starter = Starter(
-                lock.fileno(), [j.experiment for j in self.jobs if not self.is_done(j)], self.threads, self.echo
-            )
-            pool = ThreadPoolExecutor(self.workers)
-            old = (
-                signal.signal(signal.SIGTERM, _interrupt)
-                if threading.current_thread() is threading.main_thread()
-                else None
-            )
-            write = threading.Lock()
-            def one(place, job):
-                if 0 < place < self.workers:
-                    self.stop.wait(2.0 * place) # kernels that start together get in each other's way
-                outcome = self.run_job(job)
-                with write: self.write_page()
-                return outcome
+@patch
+def _run_all(self: Batch) -> None:
+    "All jobs, `workers` at a time; the page is written after each."
+    write = threading.Lock()
+    def one(place, job):
+        if 0 < place < self.workers: self.stop.wait(2.0 * place) # kernels that start together get in each other's way
+        self.run_job(job)
+        with write: self.write_page()
+    pool = ThreadPoolExecutor(self.workers)
+    try:
+        with _terminable():
+            futures = [pool.submit(one, i, j) for i, j in enumerate(self.jobs)]
             try:
-                futures = [pool.submit(one, i, j) for i, j in enumerate(self.jobs)]
                 for f in futures: f.result()
             except KeyboardInterrupt:
                 self.echo("interrupted: stopping the notebooks that run")
                 self.stop.set()
-            finally:
-                pool.shutdown(wait=True)
-                if old is not None: signal.signal(signal.SIGTERM, old)
-            self.write_page()
-        return self._close()
+            finally: pool.shutdown(wait=True)
+    finally: self.write_page()
 
-    @contextmanager
-    def locked(self):
-        "Hold the folder against other batches. RuntimeError if one has it."
-        deadline = time.monotonic() + 10
-        with open(self.out / "cache" / ".batch.lock", "a+") as lock:
-            while True:
-                try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB); break
-                except OSError:
-                    if time.monotonic() > deadline:
-                        raise RuntimeError(
-                            f"another batch is writing to {self.out}. Wait for it, stop it, or choose another "
-                            "folder with --out."
-                        ) from None
-                    time.sleep(0.3)
-            yield lock
+# %% ../../nbs/batch/08_runner.ipynb #c1384615
+@patch
+def run(self: Batch, fresh: bool = False, # begin with `forget`
+        everything: bool = False, # what it forgets
+       ) -> int: # exit status: 0, 1 if a notebook failed, 130 if interrupted
+    "All jobs; then the summary page and the closing lines."
+    with self.locked() as lock:
+        if fresh: self.forget(everything)
+        todo = [j.experiment for j in self.jobs if not self.is_done(j)]
+        self.starter = Starter(lock.fileno(), todo, self.threads, self.echo)
+        self._run_all()
+    return self._close()
 
-    def write_page(self) -> Path: return write_summary(self)
+# %% ../../nbs/batch/08_runner.ipynb #427dba96
+@patch
+def differences(self: Batch) -> str: # "" where there is nothing to compare with
+    "How the tables of this batch compare with the committed ones."
+    if not self.committed or not (self.committed / "tables").is_dir(): return ""
+    names = [
+        t
+        for name, o in self.outcomes.items()
+        if o.status in ("done", "kept")
+        for t in self.result(name).get("tables", [])
+    ]
+    return describe_differences(compare_tables(self.out, self.committed, [*names, *self._csv_files()]))
 
-    def _close(self) -> int:
-        count = lambda *names: sum(o.status in names for o in self.outcomes.values())
-        self.echo(
-            f"\n{count('done', 'kept')} of {len(self.jobs)} notebooks done ({count('kept')} from before), "
-            f"{len(self.failed)} not, in {human_time(time.monotonic() - self.began)}."
-        )
-        for o in self.failed:
-            self.echo(f"\n{o.job.name}: {o.status}: {o.error}\n  log: {self.out / 'logs' / o.job.name}.log")
-            if o.traceback: self.echo("\n".join("    " + line for line in first_lines(o.traceback)))
-        if self.failed: self.echo("\nThe same command goes on where this one stopped.")
-        self.echo(f"Summary: {self.out / 'index.html'}")
-        return 130 if self.stop.is_set() else 1 if self.failed else 0
 
-# %% ../../nbs/batch/08_runner.ipynb #15ecc0eb
-def _interrupt(*_): raise KeyboardInterrupt
+@patch
+def _csv_files(self: Batch) -> list[str]:
+    "Tables that the batch's notebooks wrote beside those they name."
+    done = [name for name, o in self.outcomes.items() if o.status in ("done", "kept")]
+    return [f"tables/{f.name}" for f in (self.out / "tables").glob("*.csv") if any(f.stem.startswith(n) for n in done)]
+
+# %% ../../nbs/batch/08_runner.ipynb #3e0decb4
+@patch
+def _close(self: Batch) -> int:
+    "The closing lines, and the exit status."
+    count = lambda *names: sum(o.status in names for o in self.outcomes.values())
+    took = human_time(time.monotonic() - self.began)
+    done = f"{count('done', 'kept')} of {len(self.jobs)} notebooks done ({count('kept')} from before)"
+    self.echo(f"\n{done}, {len(self.failed)} not, in {took}.")
+    for o in self.failed:
+        self.echo(f"\n{o.job.name}: {o.status}: {o.error}\n  log: {self.out / 'logs' / o.job.name}.log")
+        if o.traceback: self.echo("\n".join("    " + line for line in first_lines(o.traceback)))
+    if self.failed: self.echo("\nThe same command goes on where this one stopped.")
+    if compared := self.differences(): self.echo(f"\n{compared}")
+    self.echo(f"Summary: {self.out / 'index.html'}")
+    return 130 if self.stop.is_set() else 1 if self.failed else 0
