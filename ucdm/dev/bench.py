@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'plain_pairs', 'fused_attention', 'network_clock', 'time_pairs', 'time_plain', 'in_turn', 'PairItems',
            'plain_training', 'our_training', 'time_training', 'seconds_of', 'peak_teraflops', 'time_unet', 'with_goals',
-           'main']
+           'bench_pairs', 'bench_training', 'bench_sd2', 'main']
 
 # %% ../../nbs/dev/03_bench.ipynb #9d8ccdc4
 import time
@@ -118,7 +118,7 @@ def time_pairs(
     config: PairConfig = PairConfig(),
     batch_size: int | None = 64,
 ) -> dict:
-    "Pairs and evaluations a second of `generate_pairs`, and the share of time outside the networks."
+    "Pairs and evaluations a second of `generate_pairs`, and the fraction of time outside the networks."
     with network_clock(prior) as networks:
         began = time.perf_counter()
         generate_pairs(prior, seeds, classes, config, batch_size=batch_size, compile=False, progress=False)
@@ -233,7 +233,7 @@ def peak_teraflops(device: str, dtype: torch.dtype, side: int = 8192) -> float:
 def time_unet(
     prior: Prior, batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128), side: int = 8192
 ) -> pd.DataFrame: # a row a batch size
-    """Evaluations a second of a prior's UNet, teraflops, and their share of what a matrix product reaches.
+    """Evaluations a second of a prior's UNet, teraflops, and the fraction of what a matrix product reaches.
 
     Batches that do not fit into memory are left out.
     """
@@ -251,11 +251,81 @@ def with_goals(table: pd.DataFrame, **goals: str) -> pd.DataFrame: # the same wi
     "What some rows, named by words that only they contain, are to reach."
     return table.assign(goal=[next((goal for word, goal in goals.items() if word in name), "") for name in table.index])
 
+# %% ../../nbs/dev/03_bench.ipynb #ee0f72c7
+def _card() -> str:
+    "What computes."
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
+
+# %% ../../nbs/dev/03_bench.ipynb #6f3e6080
+def bench_pairs(rounds: int, n_seeds: int, steps: int) -> None:
+    "Print the table of pair generation: plain, with fused attention, as it is, and compiled."
+    plain, fused, ours, fast = (
+        fused_attention(load_prior(dtype=torch.float32)),
+        fused_attention(load_prior()),
+        load_prior(),
+        load_prior().compile(),
+    )
+    size, pool = find_batch_size(ours), load_dataset("fashion-mnist", "train")
+    # two classes: at least a whole batch, which compiled code pads a smaller one to
+    n_seeds = max(n_seeds, size // 2)
+    seeds = pool[torch.arange(0, len(pool), len(pool) // n_seeds)[:n_seeds]].unlabelled()
+    few, config = seeds[torch.arange(max(1, n_seeds // 4))], PairConfig(steps=steps)
+    for prior in (fast, ours, fused):
+        # compiles both batch shapes
+        generate_pairs(prior, seeds, ("T-shirt", "trouser"), PairConfig(steps=1), batch_size=size, progress=False)
+    time_plain(plain, few, config=PairConfig(steps=1))
+    sides = {
+        f"ours ({str(ours.dtype)[6:]}), fused attention": fused,
+        f"ours ({str(ours.dtype)[6:]})": ours,
+        "ours, compiled": fast,
+    }
+    table = in_turn(
+        {"plain (float32, one call at a time)": lambda: time_plain(plain, few, config=config)}
+        | {
+            name: lambda prior=prior: time_pairs(prior, seeds, config=config, batch_size=size)
+            for name, prior in sides.items()
+        },
+        rounds,
+    )
+    print(
+        f"\nPairs, {evaluations(1, config)} evaluations each "
+        f"({_card()}):\n{with_goals(table.round(3), compiled='ratio at least 2.5, outside below 0.08').to_string()}"
+    )
+
+# %% ../../nbs/dev/03_bench.ipynb #b546302b
+def bench_training(rounds: int, iterations: int) -> None:
+    "Print the table of training: plain, and ours in both precisions."
+    made = PairSet(*torch.randint(256, (2, 256, 2, 3, 32, 32), dtype=torch.uint8), ("T-shirt", "trouser"))
+    runs = {"plain (float32, image by image, positives twice)": plain_training(made)} | {
+        f"ours ({p})": our_training(made, TrainConfig(precision=p)) for p in ("float32", "bfloat16")
+    }
+    for run in runs.values(): next(run)
+    table = in_turn({name: lambda run=run: time_training(run, iterations) for name, run in runs.items()}, rounds)
+    print(
+        "\nWideResNet-28-2 training "
+        f"({_card()}):\n{with_goals(table.round(2), **{TrainConfig.precision: 'ratio at least 3'}).to_string()}"
+    )
+
+# %% ../../nbs/dev/03_bench.ipynb #deb2f657
+def bench_sd2() -> None:
+    "Print the speed of Stable Diffusion 2's UNet with random weights, eager and compiled. It needs a GPU."
+    unet = Prior(
+        random_pipeline(SD2_BASE, clip_tokenizer(["A photo of a cat"]), torch.bfloat16), "random weights", "cuda"
+    )
+    for name in ("eager", "compiled"):
+        table = time_unet(unet)
+        print(
+            f"\nStable Diffusion 2's UNet, bfloat16, {name} ({_card()}), best in batches of "
+            f"{table['evaluations/s'].idxmax():g}:\n{table.round(2).to_string()}"
+        )
+        unet.compile()
+
+# %% ../../nbs/dev/03_bench.ipynb #169e1965
 app = typer.Typer(
     add_completion=False, help="Rates of pair generation and training on this machine, beside plain implementations."
 )
 
-# %% ../../nbs/dev/03_bench.ipynb #a81cc520
+# %% ../../nbs/dev/03_bench.ipynb #304cccc0
 @app.command()
 def main(
     rounds: int = typer.Option(4, help="how often plain and ours take turns"),
@@ -269,62 +339,9 @@ def main(
     sd2: bool = typer.Option(True, help="Stable Diffusion 2's UNet, if there is a GPU"),
 ):
     "Print the benchmark tables."
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
-    if pairs:
-        plain, fused, ours, fast = (
-            fused_attention(load_prior(dtype=torch.float32)),
-            fused_attention(load_prior()),
-            load_prior(),
-            load_prior().compile(),
-        )
-        size, pool = find_batch_size(ours), load_dataset("fashion-mnist", "train")
-        # two classes: at least a whole batch, which compiled code pads a smaller one to
-        n_seeds = max(n_seeds, size // 2)
-        seeds = pool[torch.arange(0, len(pool), len(pool) // n_seeds)[:n_seeds]].unlabelled()
-        few, config = seeds[torch.arange(max(1, n_seeds // 4))], PairConfig(steps=steps)
-        for prior in (fast, ours, fused):
-            # compiles both batch shapes
-            generate_pairs(prior, seeds, ("T-shirt", "trouser"), PairConfig(steps=1), batch_size=size, progress=False)
-        time_plain(plain, few, config=PairConfig(steps=1))
-        sides = {
-            f"ours ({str(ours.dtype)[6:]}), fused attention": fused,
-            f"ours ({str(ours.dtype)[6:]})": ours,
-            "ours, compiled": fast,
-        }
-        table = in_turn(
-            {"plain (float32, one call at a time)": lambda: time_plain(plain, few, config=config)}
-            | {
-                name: lambda prior=prior: time_pairs(prior, seeds, config=config, batch_size=size)
-                for name, prior in sides.items()
-            },
-            rounds,
-        )
-        print(
-            f"\nPairs, {evaluations(1, config)} evaluations each "
-            f"({card}):\n{with_goals(table.round(3), compiled='ratio at least 2.5, outside below 0.08').to_string()}"
-        )
-    if training:
-        made = PairSet(*torch.randint(256, (2, 256, 2, 3, 32, 32), dtype=torch.uint8), ("T-shirt", "trouser"))
-        runs = {"plain (float32, image by image, positives twice)": plain_training(made)} | {
-            f"ours ({p})": our_training(made, TrainConfig(precision=p)) for p in ("float32", "bfloat16")
-        }
-        for run in runs.values(): next(run)
-        table = in_turn({name: lambda run=run: time_training(run, iterations) for name, run in runs.items()}, rounds)
-        print(
-            "\nWideResNet-28-2 training "
-            f"({card}):\n{with_goals(table.round(2), **{TrainConfig.precision: 'ratio at least 3'}).to_string()}"
-        )
-    if sd2 and torch.cuda.is_available():
-        unet = Prior(
-            random_pipeline(SD2_BASE, clip_tokenizer(["A photo of a cat"]), torch.bfloat16), "random weights", "cuda"
-        )
-        for name in ("eager", "compiled"):
-            table = time_unet(unet)
-            print(
-                f"\nStable Diffusion 2's UNet, bfloat16, {name} ({card}), best in batches of "
-                f"{table['evaluations/s'].idxmax():g}:\n{table.round(2).to_string()}"
-            )
-            unet.compile()
+    if pairs: bench_pairs(rounds, n_seeds, steps)
+    if training: bench_training(rounds, iterations)
+    if sd2 and torch.cuda.is_available(): bench_sd2()
 
 # %% ../../nbs/dev/03_bench.ipynb #77effef4
 if __name__ == "__main__" and __spec__ is not None: app()

@@ -120,6 +120,16 @@ def _mark_cells(nb, experiment: bool) -> None:
         fold = experiment and not {"parameters", "injected-parameters"} & set(cell.metadata.get("tags", []))
         cell.source = "#| eval: false\n" + ("#| code-fold: true\n" if fold else "") + cell.source
 
+# %% ../../nbs/dev/01_pages.ipynb #d7453ebe
+def _patched(source: str) -> set[str]: # names of classes
+    "What an exported cell adds methods to with `@patch`: such a class may come from another module."
+    return {
+        ast.unparse(d.args.args[0].annotation)
+        for d in ast.parse(source).body
+        if isinstance(d, ast.FunctionDef) and any(ast.unparse(x).startswith("patch") for x in d.decorator_list)
+        if d.args.args and d.args.args[0].annotation
+    }
+
 # %% ../../nbs/dev/01_pages.ipynb #ffbcbd5a
 def _ask_for_docs(nb) -> None:
     "Ask nbdev to describe what each exported cell defines, in its order: functions, classes and their public methods."
@@ -128,9 +138,11 @@ def _ask_for_docs(nb) -> None:
     code = lambda source: mk_cell(source, metadata=AttrDict())
     written = "\n".join(_text(cell.source) for cell in nb.cells)
     public = lambda d: isinstance(d, (ast.FunctionDef, ast.ClassDef)) and d.name[0] != "_"
+    patched = set()
     for i in reversed(range(len(nb.cells))):
         source, names = nb.cells[i].source, []
         if nb.cells[i].cell_type != "code" or not _EXPORT.match(source) or _HIDE.search(source): continue
+        patched |= _patched(source)
         for d in filter(public, ast.parse(source).body):
             if any(ast.unparse(x).startswith("patch") for x in d.decorator_list):
                 continue  # a method written by itself: nbdev names it after its class
@@ -145,7 +157,8 @@ def _ask_for_docs(nb) -> None:
             code(f"show_doc({n}, title_level={level})") for n, level in names if f"show_doc({n}" not in written
         ]
     module = re.search(r"^#\|\s*default_exp\s+(\S+)", written, re.M)
-    if module: nb.cells.insert(0, code(f"#| hide\nfrom ucdm.{module[1]} import *"))
+    imports = [f"from ucdm.{module[1]} import {name}" for name in ("*", *sorted(patched))] if module else []
+    if module: nb.cells.insert(0, code("\n".join(["#| hide", *imports])))
 
 # %% ../../nbs/dev/01_pages.ipynb #38986dfa
 def _unlink_signature(output) -> None:
