@@ -349,27 +349,15 @@ def export(out: Path, # folder with the checkpoints of `train`, finished or not
     FileNotFoundError if the UNet has no checkpoint yet.
     """
     if not (out / "unet.ckpt").exists(): raise FileNotFoundError(f"{out} holds no unet.ckpt; train first.")
-    first, then = (
-        load_checkpoint(out / "vae.ckpt", config, VAE_FIELDS),
-        load_checkpoint(out / "unet.ckpt", config, UNET_FIELDS),
-    )
+    first = load_checkpoint(out / "vae.ckpt", config, VAE_FIELDS)
+    then = load_checkpoint(out / "unet.ckpt", config, UNET_FIELDS)
     pipe = build_pipeline(config, kept_tokenizer(out / "tokenizer", images.classes, config))
     pipe.vae.load_state_dict(first["vae"]); pipe.vae.register_to_config(scaling_factor=first["scaling_factor"])
+    params = [*pipe.unet.parameters(), *pipe.text_encoder.parameters()]
     with torch.no_grad():
-        for p, average in zip(
-            [*pipe.unet.parameters(), *pipe.text_encoder.parameters()], then["ema"]["shadow_params"], strict=True
-        ):
-            p.copy_(average)
-    return save_prior(
-        pipe,
-        folder,
-        config,
-        images,
-        first["losses"],
-        then["curve"],
-        [a + b for a, b in zip(first["spent"], then["spent"])],
-        then["step"],
-    )
+        for p, average in zip(params, then["ema"]["shadow_params"], strict=True): p.copy_(average)
+    spent = [a + b for a, b in zip(first["spent"], then["spent"])]
+    return save_prior(pipe, folder, config, images, first["losses"], then["curve"], spent, then["step"])
 
 # %% ../../nbs/diffusion/07_train_prior.ipynb #68ec6f15
 def train(
@@ -391,19 +379,10 @@ def train(
     tokenizer = kept_tokenizer(out / "tokenizer", images.classes, config)
     pipe = build_pipeline(config, tokenizer)
     train_vae(pipe.vae, images.images, config, out / "vae.ckpt", device, compile)
-    latents = encode_dataset(
-        pipe.vae, torch.cat([images.images, images.images.flip(-1)]) if config.flip else images.images
-    )
+    both = torch.cat([images.images, images.images.flip(-1)]) if config.flip else images.images
+    latents, adjective = encode_dataset(pipe.vae, both), brightness_adjective(images.images, images.labels)
+    sampler, checkpoint = caption_sampler(tokenizer, images.classes, config), out / "unet.ckpt"
     train_unet(
-        pipe,
-        latents,
-        images.labels,
-        brightness_adjective(images.images, images.labels),
-        caption_sampler(tokenizer, images.classes, config),
-        config,
-        out / "unet.ckpt",
-        device,
-        compile,
-        minutes=minutes,
+        pipe, latents, images.labels, adjective, sampler, config, checkpoint, device, compile, minutes=minutes
     )
     return export(out, out / "pipeline", config, images)

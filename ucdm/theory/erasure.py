@@ -41,10 +41,10 @@ def log_cdf(m: Mixture, # one-dimensional
 
 # %% ../../nbs/theory/04_erasure.ipynb #d84ef3ba
 def transport_1d(m: Mixture, x: Tensor, # [B]
-                 source: tuple[float, int | None], # (alpha_bar, label) of the law that x belongs to
+                 source: tuple[float, int | None], # (alpha_bar, label) of the distribution that x belongs to
                  target: tuple[float, int | None]) -> Tensor: # [B]
-    """The increasing map from one law of a one-dimensional mixture to another: equal values of the distribution
-    function.
+    """The increasing map from one distribution of a one-dimensional mixture to another: equal values of the
+    distribution function.
     """
     lower, upper = log_cdf(m, x, *source), log_cdf(m, x, *source, upper=True)
     in_left = lower < upper
