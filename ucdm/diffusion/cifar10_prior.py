@@ -50,9 +50,16 @@ def extra_images(name: str, # "fashion-mnist", "cifar100" or "tiny-imagenet"
     return fashion_mnist_images() if name == "fashion-mnist" else load_dataset(name, "train")
 
 # %% ../../nbs/diffusion/09_cifar10_prior.ipynb #440c79bd
-ABOUT = About("python -m ucdm.diffusion.cifar10_prior train", "those whose SHA-256 is not below the median of their class (`ucdm.data.datasets.halve`). Seeds come from the other half (data set `cifar10-half`); no test image was used",
-              "Photographs of ten kinds of animals and vehicles, 32x32. Not meant for anything but this repository's experiments. Near copies of a training image may be among the seeds or in the test set, "
-              "as they are within CIFAR-10 itself.\nThe training images are CIFAR-10's (Krizhevsky, 2009).")
+ABOUT = About(
+    "python -m ucdm.diffusion.cifar10_prior train",
+    "those whose SHA-256 is not below the median of their class (`ucdm.data.datasets.halve`). Seeds come from the "
+    "other half (data set `cifar10-half`); no test image was used",
+    "Photographs of ten kinds of animals and vehicles, 32x32. Not meant for anything but this repository's "
+    "experiments. Near copies of a training image may be among the seeds or in the test set, "
+    "as they are within CIFAR-10 itself.\nThe training images are CIFAR-10's (Krizhevsky, 2009).",
+)
+
+# %% ../../nbs/diffusion/09_cifar10_prior.ipynb #92fc68c6
 app = typer.Typer(add_completion=False, help="Train, measure and describe the CIFAR-10 prior.")
 ROOT = typer.Option(
     None, help="a local copy of CIFAR-10; by default it is looked for, or downloaded through torchvision"
