@@ -47,13 +47,13 @@ class PairBatch:
 
 # %% ../../nbs/method/16_batches.ipynb #7fdc35cd
 def pair_batch(kind: str, # "generated", "known" or "other"
-               items: Tensor, # indices of seeds [B]
+               items: Tensor, # indices of seed images [B]
                seeds: Tensor, # real images, uint8 [N, 3, H, W]
                positives: Tensor, # generated, uint8 [N, K, 3, H, W]
                negatives: Tensor, # generated, uint8 [N, K, 3, H, W]
                y: Tensor|None=None, # "known": pseudo-labels, "other": random classes [B]
               ) -> PairBatch: # K * B pairs if generated, else B
-    "Pairs for a batch of seeds (Algorithm 2, App. A.2)."
+    "Pairs for a batch of seed images (Algorithm 2, App. A.2)."
     if kind == "generated":
         K = positives.shape[1]
         return PairBatch(
@@ -74,14 +74,12 @@ def random_flip(images: Tensor, # [B, 3, H, W]
     return torch.where(flip.to(images.device)[:, None, None, None], images.flip(-1), images)
 
 # %% ../../nbs/method/16_batches.ipynb #18c913b9
-def forward_pairs(
-    net: Callable, # the network: images -> (closed logits, open logits)
-    batches: dict[str, PairBatch], # the sets' batches
-    flip: torch.Generator | None = None, # flips images at random; None: no flips
-    separate: bool = False, # each group of images in a pass of its own
-    # for each set: closed logits and open logits of positives, open logits of negatives
-) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    "Logits for the pairs of all sets."
+def forward_pairs(net: Callable, # the network: images -> (closed logits, open logits)
+                  batches: dict[str, PairBatch], # the sets' batches
+                  flip: torch.Generator | None = None, # flips images at random; None: no flips
+                  separate: bool = False, # each group of images in a pass of its own
+                 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    "For each set: closed logits and open logits of its positives, open logits of its negatives."
     groups = [x for b in batches.values() for x in (b.positives, b.negatives)]
     images = torch.cat(groups)
     if flip is not None: images = random_flip(images, flip)

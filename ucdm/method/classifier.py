@@ -25,13 +25,13 @@ class UCDM:
     """A classifier of K known classes and "other"; made by `train_ucdm` or `UCDM.load`.
 
     `history` is a list of dicts: one of kind "epoch" an epoch (losses, sizes of the sets, seconds), one of kind "round"
-    a labelling (index and label of every image labelled in it). `pseudo_labels` [N] holds the label of every seed (-1:
-    none, K: other), `pseudo_rounds` [N] the round that gave it.
+    a labelling (index and label of every image labelled in it). `pseudo_labels` [N] holds the label of every seed
+    image (-1: none, K: other), `pseudo_rounds` [N] the round that gave it.
     """
     def __init__(self,
                  classes, # names of the K known classes
                  config: TrainConfig=TrainConfig(), # settings
-                 n_seeds: int=0, # number of seeds
+                 n_seeds: int=0, # number of seed images
                  device=None, # default: CUDA, MPS or CPU, whichever is there
                 ):
         self.classes, self.config, self.device = tuple(classes), config, best_device(device)
@@ -93,28 +93,20 @@ def predict(self: UCDM,
 
 # %% ../../nbs/method/15_classifier.ipynb #45fd699e
 @patch
-def _parts(self: UCDM):
-    "Tensors and metadata of a classifier."
-    tensors = {f"model/{k}": v for k, v in self.model.state_dict().items()} | {
-        "pseudo_labels": self.pseudo_labels,
-        "pseudo_rounds": self.pseudo_rounds,
-    }
-    return tensors, {
-        "format": "ucdm 1",
-        "classes": self.classes,
-        "config": asdict(self.config),
-        "history": self.history,
-    }
+def _parts(self: UCDM) -> tuple[dict, dict]: # tensors, metadata
+    "What a file holds of a classifier."
+    tensors = {f"model/{k}": v for k, v in self.model.state_dict().items()}
+    tensors |= {"pseudo_labels": self.pseudo_labels, "pseudo_rounds": self.pseudo_rounds}
+    settings = {"classes": self.classes, "config": asdict(self.config), "history": self.history}
+    return tensors, {"format": "ucdm 1", **settings}
 
 # %% ../../nbs/method/15_classifier.ipynb #233c78c2
-def _from_parts(tensors, meta, device=None):
+def _from_parts(tensors, meta, device=None) -> UCDM:
+    "The classifier of a file."
     u = UCDM(meta["classes"], TrainConfig(**meta["config"]), device=device)
     u.model.load_state_dict({k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")})
-    u.pseudo_labels, u.pseudo_rounds, u.history = (
-        tensors["pseudo_labels"].clone(),
-        tensors["pseudo_rounds"].clone(),
-        meta["history"],
-    )
+    u.pseudo_labels, u.pseudo_rounds = tensors["pseudo_labels"].clone(), tensors["pseudo_rounds"].clone()
+    u.history = meta["history"]
     return u
 
 # %% ../../nbs/method/15_classifier.ipynb #4353c5a0

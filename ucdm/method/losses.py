@@ -78,7 +78,7 @@ def pair_loss(closed_pos: Tensor, # closed-set logits of positives [P, K]
     return LossTerms(lambda1 * open_pair + lambda2 * (open_softmax + closed), open_pair, open_softmax, closed)
 
 # %% ../../nbs/method/11_losses.ipynb #85c815a2
-def total_loss(generated: LossTerms|None, # unlabelled seeds: all K pairs of each
+def total_loss(generated: LossTerms|None, # unlabelled seed images: all K pairs of each
                known: LossTerms|None=None, # real images with the pseudo-label of a known class, and their negatives
                other: LossTerms|None=None, # real images with the pseudo-label "other", and their positives
               ) -> LossTerms:
