@@ -5,26 +5,31 @@
 # %% auto #0
 __all__ = ['fit_ucdm']
 
-# %% ../../nbs/method/20_fit.ipynb #b14c183f
+# %% ../../nbs/method/20_fit.ipynb #ef0d68e3
 import time
 
+from .classifier import UCDM
 from .training import train_ucdm
 
-# %% ../../nbs/method/20_fit.ipynb #02109530
-def fit_ucdm(task): # ucdm.method.classifier.UCDM
+# %% ../../nbs/method/20_fit.ipynb #e01dd4a5
+def _line(entry: dict, ucdm: UCDM, config, seconds: float) -> str:
+    "How far a training is, from an entry of its history."
+    where = f"round {entry['round'] + 1}/{config.rounds}"
+    if entry["kind"] == "epoch":
+        where += f", epoch {entry['epoch'] + 1}/{config.epochs_per_round}, loss {entry['loss']:.3f}"
+    labelled = f"{int((ucdm.pseudo_labels >= 0).sum())} of {len(ucdm.pseudo_labels)} labelled"
+    return f"{where}: {labelled}, {seconds:.0f} s"
+
+# %% ../../nbs/method/20_fit.ipynb #c31cd457
+def fit_ucdm(task, # ucdm.runs.registry.Task: seed images, pairs, config, checkpoint, report, bars
+            ) -> UCDM:
     "The paper's method (Algorithm 2)."
     pairs, began, last = task.pairs(), time.monotonic(), [0.0]
     def callback(entry, ucdm):
         if entry["kind"] not in ("epoch", "round") or (entry["kind"] == "epoch" and time.monotonic() - last[0] < 20):
             return
         last[0] = time.monotonic()
-        labelled = f"{int((ucdm.pseudo_labels >= 0).sum())} of {len(ucdm.pseudo_labels)} labelled"
-        where = f"round {entry['round'] + 1}/{task.config.rounds}" + (
-            f", epoch {entry['epoch'] + 1}/{task.config.epochs_per_round}, loss {entry['loss']:.3f}"
-            if entry["kind"] == "epoch"
-            else ""
-        )
-        task.report(f"{where}: {labelled}, {time.monotonic() - began:.0f} s")
+        task.report(_line(entry, ucdm, task.config, time.monotonic() - began))
     return train_ucdm(
         task.seeds.images,
         pairs,

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CHECK_EVERY', 'train_step', 'train_epoch', 'refresh_batch_norm', 'label_round', 'train_ucdm', 'training_rate']
 
-# %% ../../nbs/method/19_training.ipynb #51a9a716
-import math, time
+# %% ../../nbs/method/19_training.ipynb #10205cbb
+import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -22,9 +22,10 @@ from .checkpoint import data_fingerprint, load_checkpoint, save_checkpoint
 from .classifier import _check_images, UCDM
 from .labelling import assign, known_driven, other_driven
 from .losses import LossTerms, pair_loss, total_loss
+from .pair_store import PairSet
 from .train_config import TrainConfig
 from .train_state import batch_stream, new_state, set_members, TrainData, TrainState
-from .wideresnet import freeze_batch_norm, fresh_averages, normalise
+from .wideresnet import freeze_batch_norm, refresh_running_statistics
 
 # %% ../../nbs/method/19_training.ipynb #52e74a7a
 def train_step(state: TrainState, # changed in place
@@ -42,13 +43,23 @@ def train_step(state: TrainState, # changed in place
     state.step += 1
     return terms
 
-# %% ../../nbs/method/19_training.ipynb #eda5ca25
+# %% ../../nbs/method/19_training.ipynb #a6b91d7d
 CHECK_EVERY = 50 # iterations between looks at the loss
+
+def _check_losses(rows, i, at, kinds):
+    "Look at the losses since the last check; `i` is the current iteration, from 0."
+    recent = rows[-(i % CHECK_EVERY + 1):]
+    finite = torch.stack(recent)[:, :, 0].isfinite().tolist()
+    if bad := [(n, kind) for n, r in enumerate(finite) for kind, ok in zip(kinds, r) if not ok]:
+        raise FloatingPointError(
+            f"the loss of the {bad[0][1]} pairs is not finite in round {at[0] + 1}, epoch {at[1] + 1}, "
+            f"iteration {i - len(recent) + 2 + bad[0][0]}"
+        )
 
 # %% ../../nbs/method/19_training.ipynb #f85b358e
 def train_epoch(state: TrainState, # changed in place
                 data: TrainData, # what to draw from
-                tick: Callable=lambda images, loss: None, # told now and then how many images have passed, and the loss
+                tick: Callable=lambda images, loss: None, # called now and then: images since the last call, current loss
                ) -> dict: # the epoch's entry in the history
     """One epoch of Algorithm 2.
 
@@ -72,45 +83,21 @@ def train_epoch(state: TrainState, # changed in place
         f"{kind}/{f.name}": mean[s, t].item() for s, kind in enumerate(sizes) for t, f in enumerate(fields(LossTerms))
     }
     return {
-        "kind": "epoch",
-        "round": at[0],
-        "epoch": at[1],
-        "iterations": iterations,
-        "images": images,
-        "seconds": round(time.perf_counter() - began, 3),
-        "sizes": {kind: sizes.get(kind, 0) for kind in SETS},
-        "loss": mean[:, 0].sum().item(),
+        "kind": "epoch", "round": at[0], "epoch": at[1],
+        "iterations": iterations, "images": images, "seconds": round(time.perf_counter() - began, 3),
+        "sizes": {kind: sizes.get(kind, 0) for kind in SETS}, "loss": mean[:, 0].sum().item(),
         **losses,
     }
 
-# %% ../../nbs/method/19_training.ipynb #a6b91d7d
-def _check_losses(rows, i, at, kinds):
-    "Look at the losses since the last check; `i` is the current iteration, from 0."
-    recent = rows[-(i % CHECK_EVERY + 1):]
-    bad = [
-        (n, kind)
-        for n, r in enumerate(torch.stack(recent)[:, :, 0].isfinite().tolist())
-        for kind, ok in zip(kinds, r)
-        if not ok
-    ]
-    if bad:
-        raise FloatingPointError(
-            f"the loss of the {bad[0][1]} pairs is not finite in round {at[0] + 1}, epoch {at[1] + 1}, "
-            f"iteration {i - len(recent) + 2 + bad[0][0]}"
-        )
-
 # %% ../../nbs/method/19_training.ipynb #f55a2b35
 def refresh_batch_norm(state: TrainState, # running statistics change in place
-                       data: TrainData, # its seeds are used
+                       data: TrainData, # its seed images are used
                        batch_size: int=256, # images a batch, at most
                       ):
     "Average the running statistics anew over all seed images, with the weights fixed."
-    order = torch.randperm(
-        len(data.seeds), generator=generator(state.ucdm.config.seed, "statistics", state.round, state.epoch)
-    )
-    with fresh_averages(state.ucdm.model), state.ucdm.autocast():
-        for items in order.tensor_split(math.ceil(len(order) / batch_size)):
-            state.ucdm.model(normalise(data.seeds[items.to(data.seeds.device)]))
+    order = generator(state.ucdm.config.seed, "statistics", state.round, state.epoch)
+    with state.ucdm.autocast():
+        refresh_running_statistics(state.ucdm.model, data.seeds, order, batch_size=batch_size)
 
 # %% ../../nbs/method/19_training.ipynb #63710010
 def label_round(state: TrainState, # changed in place
@@ -120,14 +107,8 @@ def label_round(state: TrainState, # changed in place
     u, c = state.ucdm, state.ucdm.config
     items = (u.pseudo_labels < 0).nonzero()[:, 0]
     closed_probs, open_probs = u.heads(data.seeds[items.to(data.seeds.device)], c.label_batch_norm)
-    labels = assign(
-        other_driven(closed_probs, open_probs),
-        known_driven(closed_probs, open_probs),
-        c.delta,
-        c.strict_threshold,
-        c.cap_other,
-        generator(c.seed, "cap", state.round),
-    )
+    q, q_tilde = other_driven(closed_probs, open_probs), known_driven(closed_probs, open_probs)
+    labels = assign(q, q_tilde, c.delta, c.strict_threshold, c.cap_other, generator(c.seed, "cap", state.round))
     if not c.use_known: labels = labels.masked_fill(labels < u.n_known, -1)
     if not c.use_other: labels = labels.masked_fill(labels == u.n_known, -1)
     items, labels = items[labels >= 0], labels[labels >= 0]
@@ -136,6 +117,7 @@ def label_round(state: TrainState, # changed in place
 
 # %% ../../nbs/method/19_training.ipynb #4c063e6c
 def _check_data(seeds, pairs):
+    "ValueError if there are no seed images, or pairs of other ones."
     _check_images(seeds, "seeds")
     K, N = len(pairs.classes), len(seeds)
     if N == 0: raise ValueError("there are no seed images to train on")
@@ -147,9 +129,56 @@ def _check_data(seeds, pairs):
                 f"classes, image), got {t.dtype} {tuple(t.shape)}: were these pairs made for these seeds?"
             )
 
+# %% ../../nbs/method/19_training.ipynb #eb610312
+def _images_to_come(state) -> int:
+    "Images still to pass, if no more seed images were labelled."
+    c, sizes = state.ucdm.config, {kind: len(m) for kind, m in set_members(state).items()}
+    pairs_of = lambda kind: state.ucdm.n_known if kind == "generated" else 1
+    an_iteration = sum(2 * min(n, c.batch_size) * pairs_of(kind) for kind, n in sizes.items())
+    epochs = (c.rounds - state.round) * c.epochs_per_round - state.epoch
+    return epochs * epoch_iterations(sizes.values(), c.batch_size) * an_iteration
+
+# %% ../../nbs/method/19_training.ipynb #114e1320
+def _epoch_in_bar(state, data, bar) -> dict: # the epoch's entry in the history
+    "One epoch that moves a progress bar."
+    u, c = state.ucdm, state.ucdm.config
+    bar.set_description(f"round {state.round + 1}/{c.rounds} epoch {state.epoch + 1}/{c.epochs_per_round}")
+    def tick(images, loss):
+        labelled = f"{(u.pseudo_labels >= 0).sum()}/{len(u.pseudo_labels)}"
+        bar.set_postfix(loss=f"{loss:.2f}", labelled=labelled, refresh=False)
+        bar.update(images)
+    return train_epoch(state, data, tick)
+
+# %% ../../nbs/method/19_training.ipynb #e3d357e9
+def _run(state, data, checkpoint, fingerprint, callback, progress, checkpoint_every):
+    "Rounds of epochs and labelling, from where the state stands to the end."
+    u, c, saved = state.ucdm, state.ucdm.config, time.monotonic()
+    done = sum(h.get("images", 0) for h in u.history)
+    def note(entry):
+        u.history.append(entry)
+        if callback is not None: callback(entry, u)
+    total = done + _images_to_come(state)
+    with tqdm(total=total, initial=done, disable=not progress, unit="image", unit_scale=True, smoothing=0.1) as bar:
+        while state.round < c.rounds:
+            while state.epoch < c.epochs_per_round:
+                entry = _epoch_in_bar(state, data, bar)
+                state.epoch += 1
+                note(entry)
+                due = state.epoch < c.epochs_per_round and time.monotonic() - saved >= checkpoint_every
+                if checkpoint is not None and due:
+                    save_checkpoint(checkpoint, state, fingerprint)
+                    saved = time.monotonic()
+            if c.bn_statistics == "seeds": refresh_batch_norm(state, data)
+            entry = label_round(state, data)
+            state.round, state.epoch = state.round + 1, 0
+            note(entry)
+            if checkpoint is not None: save_checkpoint(checkpoint, state, fingerprint)
+            bar.total = bar.n + _images_to_come(state)
+            saved = time.monotonic()
+
 # %% ../../nbs/method/19_training.ipynb #52579a82
 def train_ucdm(seeds: Tensor, # unlabelled real images, uint8 [N, 3, 32, 32]
-               pairs, # `ucdm.method.pair_store.PairSet`: positives and negatives uint8 [N, K, 3, 32, 32], names of the K classes
+               pairs: PairSet, # positives and negatives uint8 [N, K, 3, 32, 32], names of the K classes
                config: TrainConfig=TrainConfig(), # settings
                checkpoint: str|Path|None=None, # file to keep up to date and to resume from
                callback: Callable|None=None, # called as callback(entry, ucdm) after every epoch and every labelling
@@ -172,74 +201,17 @@ def train_ucdm(seeds: Tensor, # unlabelled real images, uint8 [N, 3, 32, 32]
         state = load_checkpoint(checkpoint, config, fingerprint, device)
     else: state = new_state(UCDM(pairs.classes, config, len(seeds), device))
     try: _run(state, data, checkpoint, fingerprint, callback, progress, checkpoint_every)
-    except FloatingPointError as e:
-        kept = (
-            f"The checkpoint {checkpoint} is from before that: run again with it"
-            if checkpoint is not None and Path(checkpoint).exists()
-            else "Run again"
-        )
-        raise FloatingPointError(
-            f"{e}. {kept}, with a learning rate below {config.lr:g}"
-            + (' or precision="float32"' if config.precision != "float32" else "")
-        ) from None
+    except FloatingPointError as e: raise FloatingPointError(f"{e}. {_remedy(checkpoint, config)}") from None
     state.ucdm.model.eval()
     return state.ucdm
 
-# %% ../../nbs/method/19_training.ipynb #e3d357e9
-def _run(state, data, checkpoint, fingerprint, callback, progress, checkpoint_every):
-    u, c, saved = state.ucdm, state.ucdm.config, time.monotonic()
-    done = sum(h.get("images", 0) for h in u.history)
-    def note(entry):
-        u.history.append(entry)
-        if callback is not None: callback(entry, u)
-    with tqdm(
-        total=done + _images_to_come(state),
-        initial=done,
-        disable=not progress,
-        unit="image",
-        unit_scale=True,
-        smoothing=0.1,
-    ) as bar:
-        while state.round < c.rounds:
-            while state.epoch < c.epochs_per_round:
-                bar.set_description(f"round {state.round + 1}/{c.rounds} epoch {state.epoch + 1}/{c.epochs_per_round}")
-                def tick(images, loss):
-                    bar.set_postfix(
-                        loss=f"{loss:.2f}",
-                        labelled=f"{(u.pseudo_labels >= 0).sum()}/{len(u.pseudo_labels)}",
-                        refresh=False,
-                    )
-                    bar.update(images)
-                entry = train_epoch(state, data, tick)
-                state.epoch += 1
-                note(entry)
-                if (
-                    checkpoint is not None
-                    and state.epoch < c.epochs_per_round
-                    and time.monotonic() - saved >= checkpoint_every
-                ):
-                    save_checkpoint(checkpoint, state, fingerprint)
-                    saved = time.monotonic()
-            if c.bn_statistics == "seeds": refresh_batch_norm(state, data)
-            entry = label_round(state, data)
-            state.round, state.epoch = state.round + 1, 0
-            note(entry)
-            if checkpoint is not None: save_checkpoint(checkpoint, state, fingerprint)
-            bar.total = bar.n + _images_to_come(state)
-            saved = time.monotonic()
-
-# %% ../../nbs/method/19_training.ipynb #eb610312
-def _images_to_come(state):
-    "Images still to pass, if no more seeds were labelled."
-    c, sizes = state.ucdm.config, {kind: len(m) for kind, m in set_members(state).items()}
-    an_iteration = sum(
-        2 * min(n, c.batch_size) * (state.ucdm.n_known if kind == "generated" else 1) for kind, n in sizes.items()
-    )
-    return (
-        ((c.rounds - state.round) * c.epochs_per_round - state.epoch)
-        * epoch_iterations(sizes.values(), c.batch_size)
-        * an_iteration
-    )
+# %% ../../nbs/method/19_training.ipynb #083a7238
+def _remedy(checkpoint, config) -> str:
+    "What to do when the loss or the weights are not finite."
+    kept = checkpoint is not None and Path(checkpoint).exists()
+    again = f"The checkpoint {checkpoint} is from before that: run again with it" if kept else "Run again"
+    precise = ' or precision="float32"' if config.precision != "float32" else ""
+    return f"{again}, with a learning rate below {config.lr:g}{precise}"
 
 # %% ../../nbs/method/19_training.ipynb #48281090
 def training_rate(config: TrainConfig=TrainConfig(), # network, precision, batch size, compilation
@@ -252,30 +224,25 @@ def training_rate(config: TrainConfig=TrainConfig(), # network, precision, batch
     u = UCDM([f"class {k}" for k in range(n_known)], config, device=device)
     state, g, N = new_state(u), generator(config.seed, "bench"), 4 * config.batch_size
     images = torch.randint(0, 256, (N, 1 + 2 * n_known, 3, 32, 32), dtype=torch.uint8, generator=g).to(u.device)
-    data = TrainData(
-        images[:, 0].contiguous(), images[:, 1 : 1 + n_known].contiguous(), images[:, 1 + n_known :].contiguous()
-    )
-    def sync():
+    data = TrainData(*(part.contiguous() for part in (images[:, 0], *images[:, 1:].split(n_known, 1))))
+    def now():
         if u.device.type == "cuda": torch.cuda.synchronize()
         return time.perf_counter()
     def step():
         items = torch.randint(N, (config.batch_size,), generator=g).to(u.device)
-        return train_step(
-            state, {"generated": pair_batch("generated", items, data.seeds, data.positives, data.negatives)}, g
-        )
+        batch = pair_batch("generated", items, data.seeds, data.positives, data.negatives)
+        return train_step(state, {"generated": batch}, g)
     u.model.train()
-    began = sync()
+    began = now()
     step()
-    first = sync() - began
+    first = now() - began
     for _ in range(warmup): step()
-    began = sync()
+    began = now()
     for _ in range(iterations): step()
-    train = iterations * 2 * n_known * config.batch_size / (sync() - began)
+    train = iterations * 2 * n_known * config.batch_size / (now() - began)
     u.predict(data.seeds)
-    began = sync()
+    began = now()
     u.predict(data.seeds)
-    return {
-        "train_images_per_s": round(train, 1),
-        "predict_images_per_s": round(N / (sync() - began), 1),
-        "first_iteration_s": round(first, 2),
-    }
+    predict = N / (now() - began)
+    rates = {"train_images_per_s": round(train, 1), "predict_images_per_s": round(predict, 1)}
+    return rates | {"first_iteration_s": round(first, 2)}
