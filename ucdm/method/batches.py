@@ -35,7 +35,7 @@ def epoch_batches(items: Tensor, # indices of the images in a set [n]
     )
     return items[order[:iterations * b]].view(iterations, b)
 
-# %% ../../nbs/method/16_batches.ipynb #8b035e0c
+# %% ../../nbs/method/16_batches.ipynb #7fdc35cd
 SETS = ("generated", "known", "other")
 
 @dataclass(frozen=True)
@@ -45,7 +45,6 @@ class PairBatch:
     negatives: Tensor # uint8 [P, 3, H, W]
     y: Tensor # class that the positive shows and the negative lacks [P]
 
-# %% ../../nbs/method/16_batches.ipynb #7fdc35cd
 def pair_batch(kind: str, # "generated", "known" or "other"
                items: Tensor, # indices of seed images [B]
                seeds: Tensor, # real images, uint8 [N, 3, H, W]

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['CHOICES', 'PAPER', 'REFERENCE', 'Differences']
 
-# %% ../../nbs/method/01_differences.ipynb #eeb4d262
+# %% ../../nbs/method/01_differences.ipynb #857a06fd
 from typing import Annotated, get_args, Literal, get_type_hints
 
 from annotated_types import Ge
 
 from ..core.checked import settings
 
-# %% ../../nbs/method/01_differences.ipynb #636dad2f
+# %% ../../nbs/method/01_differences.ipynb #fc321ab0
 @settings
 class Differences:
     "One field a difference between the paper and its released code. The defaults are the paper's."
@@ -29,14 +29,14 @@ class Differences:
     strict_threshold: bool = False    # a confidence must be > delta instead of >= delta
     separate_forward: bool = False    # train with a forward pass for each group of images, rather than one for all
 
-# %% ../../nbs/method/01_differences.ipynb #8dabbf46
+# %% ../../nbs/method/01_differences.ipynb #9cdd3019
 CHOICES = {
     name: (False, True) if hint is bool else get_args(hint)
     for name, hint in get_type_hints(Differences).items()
     if hint is not int
 }
 
-# %% ../../nbs/method/01_differences.ipynb #041b0fbe
+# %% ../../nbs/method/01_differences.ipynb #455c6482
 PAPER = Differences()
 REFERENCE = Differences(
     inversion="ode",

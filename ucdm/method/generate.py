@@ -165,7 +165,18 @@ def fill_stores(
             for kind, images in made.items() if first else (): stores[kind].append([ids[n] for n in rows], images)
         if together: together.wait_for_everyone()
 
-# %% ../../nbs/method/09_generate.ipynb #a995fbbd
+# %% ../../nbs/method/09_generate.ipynb #4fd6e98a
+def _check_ids(seeds, classes, ids) -> list[int]:
+    "The ids of the seed images. ValueError if something is missing or there twice."
+    if not len(seeds): raise ValueError("there are no seed images; give at least one.")
+    if not classes: raise ValueError("there are no class names; give at least one.")
+    if len(set(classes)) < len(classes): raise ValueError(f"class names must differ, got {', '.join(classes)}.")
+    ids = list(map(int, ids)) if ids is not None else list(range(len(seeds)))
+    if len(ids) != len(seeds): raise ValueError(f"{len(ids)} ids for {len(seeds)} seed images; give one for each.")
+    if len(set(ids)) < len(ids): raise ValueError("two seed images have the same id; ids must differ.")
+    return ids
+
+# %% ../../nbs/method/09_generate.ipynb #809e572e
 def generate_pairs(
     prior: Prior,
     seeds: ImageSet, # N unlabelled images; labels, if any, are not read
@@ -195,18 +206,7 @@ def generate_pairs(
     fill_stores(stores, prior, seeds, ids, classes, config, batch_size, shard_size, compile, progress)
     return PairSet(*(stores[kind].load(ids) for kind in KINDS), tuple(classes))
 
-# %% ../../nbs/method/09_generate.ipynb #d6b3725c
-def _check_ids(seeds, classes, ids) -> list[int]:
-    "The ids of the seed images. ValueError if something is missing or there twice."
-    if not len(seeds): raise ValueError("there are no seed images; give at least one.")
-    if not classes: raise ValueError("there are no class names; give at least one.")
-    if len(set(classes)) < len(classes): raise ValueError(f"class names must differ, got {', '.join(classes)}.")
-    ids = list(map(int, ids)) if ids is not None else list(range(len(seeds)))
-    if len(ids) != len(seeds): raise ValueError(f"{len(ids)} ids for {len(seeds)} seed images; give one for each.")
-    if len(set(ids)) < len(ids): raise ValueError("two seed images have the same id; ids must differ.")
-    return ids
-
-# %% ../../nbs/method/09_generate.ipynb #427e2cac
+# %% ../../nbs/method/09_generate.ipynb #f4fa513a
 app = typer.Typer(add_completion=False)
 
 @app.command()
@@ -229,5 +229,5 @@ def main(images: str = typer.Argument(help="a data set, whose training images ar
         fill_stores(stores, generator, seeds, ids, classes, config, batch_size)
     except (ValueError, FileNotFoundError, MemoryError) as e: raise SystemExit(str(e))
 
-# %% ../../nbs/method/09_generate.ipynb #3f5a5067
+# %% ../../nbs/method/09_generate.ipynb #aeda416d
 if __name__ == "__main__" and __spec__ is not None: app()

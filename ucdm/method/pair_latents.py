@@ -27,19 +27,20 @@ def predictor(prior: Prior, prompts: Sequence[str], # one an item
     both = torch.cat([prior.embed([""]).expand_as(cond), cond])
     return lambda x, t: guided(*prior.predict(torch.cat([x, x]), t, both).chunk(2), guidance)
 
-# %% ../../nbs/method/07_pair_latents.ipynb #d6245966
+# %% ../../nbs/method/07_pair_latents.ipynb #b2f9988c
 def pair_noise(prior: Prior, config: PairConfig, ids: Sequence[int], names: Sequence[str], purpose: str,
                count: int = 1, # tensors an item
               ) -> Tensor: # float32 [count, B, *latent_shape], on the prior's device
     "Standard normal noise of each item (image id and class name)."
     return item_noise(config.seed, ids, names, purpose, count, prior.latent_shape).to(prior.device)
 
+# %% ../../nbs/method/07_pair_latents.ipynb #74dc0fdd
 def _prompts(config, ids, names) -> list[str]: return [item_prompt(config, i, n) for i, n in zip(ids, names)]
 
 def _encode(prior, images, ids, names, config) -> Tensor: # latents, float32 [B, *latent_shape]
     return prior.encode(images, pair_noise(prior, config, ids, names, "encode")[0] if config.sample_latents else None)
 
-# %% ../../nbs/method/07_pair_latents.ipynb #49e3408b
+# %% ../../nbs/method/07_pair_latents.ipynb #225bd20f
 def _grids(kind, prior, config, top) -> Iterator[Grid]: # for inversion, for sampling
     if kind not in KINDS: raise ValueError(f"kind={kind!r} is unknown; choose 'positive' or 'negative'.")
     if top is not None and not 1 <= top <= config.steps:
@@ -47,7 +48,7 @@ def _grids(kind, prior, config, top) -> Iterator[Grid]: # for inversion, for sam
     n = (top or config.steps) + 1
     return (Grid(g.timesteps[:n], g.alpha_bar[:n]) for g in grid_pair(prior.schedule, config.steps, config.grid))
 
-# %% ../../nbs/method/07_pair_latents.ipynb #710bf967
+# %% ../../nbs/method/07_pair_latents.ipynb #1b100e3d
 def _start(kind, prior, x_0, ids, names, config, prompts, up, down) -> Tensor: # float32 [B, *latent_shape]
     "Where sampling starts: Eq. 1, Eq. 6, or pure noise, which does not look at `x_0`."
     noise = lambda purpose: pair_noise(prior, config, ids, names, purpose)[0]
@@ -59,7 +60,7 @@ def _start(kind, prior, x_0, ids, names, config, prompts, up, down) -> Tensor: #
 
 def _slices(n, batch_size): return [slice(i, min(i + batch_size, n)) for i in range(0, n, batch_size)]
 
-# %% ../../nbs/method/07_pair_latents.ipynb #f8318e53
+# %% ../../nbs/method/07_pair_latents.ipynb #81eee1cb
 @torch.inference_mode()
 def starting_latents(kind: str, # "positive" or "negative"
                      prior: Prior, images: Tensor, # uint8 [B, 3, H, W], the seed image of each item
@@ -71,7 +72,7 @@ def starting_latents(kind: str, # "positive" or "negative"
                      batch_size: int = 64, # items at a time
                     ) -> Tensor: # float32 [B, *latent_shape], on the prior's device
     """The noise vectors that sampling starts from: the noised seed image (Eq. 1) of positives, the inverted one (Eq. 6)
-    of negatives; or pure noise where the config says so.
+    of negatives; or pure noise, where the config asks for it.
 
     ValueError for another kind, or a top that is no step.
     """
@@ -83,13 +84,13 @@ def starting_latents(kind: str, # "positive" or "negative"
         made.append(_start(kind, prior, x_0, ids[part], names[part], config, prompts[part], up, down))
     return torch.cat(made)
 
-# %% ../../nbs/method/07_pair_latents.ipynb #29bdbd78
+# %% ../../nbs/method/07_pair_latents.ipynb #ce85aff2
 def _sample(predict, x_T, kinds, ids, names, config, prior, down, eta) -> Tensor: # float32, like x_T
     "DDIM sampling with each item's own fresh noise; `x_T` holds the items once for each of the kinds."
     fresh = torch.cat([pair_noise(prior, config, ids, names, kind, config.steps) for kind in kinds], 1)
     return reverse(predict, x_T, down, eta, lambda i: fresh[i - 1])
 
-# %% ../../nbs/method/07_pair_latents.ipynb #a37f6656
+# %% ../../nbs/method/07_pair_latents.ipynb #f3f50eef
 @torch.inference_mode()
 def sample_from(kind: str, # "positive" or "negative"
                 prior: Prior, x_T: Tensor, # where to start, [B, *latent_shape]
@@ -111,7 +112,7 @@ def sample_from(kind: str, # "positive" or "negative"
         made.append(_sample(predict, x_T[part], [kind], ids[part], names[part], config, prior, down, eta))
     return torch.cat(made)
 
-# %% ../../nbs/method/07_pair_latents.ipynb #959367cf
+# %% ../../nbs/method/07_pair_latents.ipynb #748d8fe1
 def _predict_kinds(prior, kinds, prompts, guidance) -> NoisePredictor: # for the items once for each of the kinds
     "Predictions for all kinds in one forward pass: positives guided by their prompts, negatives unconditional."
     cond = prior.embed(prompts)
@@ -120,10 +121,11 @@ def _predict_kinds(prior, kinds, prompts, guidance) -> NoisePredictor: # for the
     def predict(x, t):
         twice = [part for kind, part in zip(kinds, x.chunk(len(kinds))) for _ in range(1 + (kind == "positive"))]
         eps = iter(prior.predict(torch.cat(twice), t, given).split(len(prompts)))
-        return torch.cat([guided(next(eps), next(eps), guidance) if kind == "positive" else next(eps) for kind in kinds])
+        mixed = lambda kind: guided(next(eps), next(eps), guidance) if kind == "positive" else next(eps)
+        return torch.cat([mixed(kind) for kind in kinds])
     return predict
 
-# %% ../../nbs/method/07_pair_latents.ipynb #241692cb
+# %% ../../nbs/method/07_pair_latents.ipynb #63bd9135
 @torch.inference_mode()
 def generate_batch(prior: Prior, images: Tensor, # uint8 [B, 3, H, W], the seed image of each item
                    ids: list[int], # image id of each item

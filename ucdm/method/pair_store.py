@@ -148,7 +148,7 @@ def _checked(self: PairStore, entry: dict, content): # the content, bytes or an 
 
 class CorruptShard(ValueError): "A shard whose content is not what was written."
 
-# %% ../../nbs/method/05_pair_store.ipynb #6f12b474
+# %% ../../nbs/method/05_pair_store.ipynb #0548e545
 @patch
 def read(self: PairStore, entry: dict) -> Tensor: # uint8 [n, K, 3, H, W]
     "The images of one shard, in memory, checked. CorruptShard if the file is missing, truncated or altered."
@@ -162,7 +162,7 @@ def map(self: PairStore, entry: dict) -> np.ndarray: # uint8 [n, K, 3, H, W], on
     self._checked(entry, np.memmap(path, np.uint8, "r") if path.exists() and path.stat().st_size else b"")
     return load_file(path)["images"].numpy()
 
-# %% ../../nbs/method/05_pair_store.ipynb #5f1ad8c6
+# %% ../../nbs/method/05_pair_store.ipynb #c84fae43
 @patch
 def shape(self: PairStore, entry: dict) -> tuple[int, ...]: # [n, K, 3, H, W]
     "Of one shard, from its header. CorruptShard if there is none."
@@ -170,7 +170,7 @@ def shape(self: PairStore, entry: dict) -> tuple[int, ...]: # [n, K, 3, H, W]
         with safe_open(self.folder / entry["file"], "np") as f: return tuple(f.get_slice("images").get_shape())
     except (OSError, SafetensorError): return tuple(self.read(entry).shape)
 
-# %% ../../nbs/method/05_pair_store.ipynb #88be620a
+# %% ../../nbs/method/05_pair_store.ipynb #d720a88f
 @patch
 def _complete(self: PairStore, ids):
     place = self.contents.refresh().place
@@ -181,7 +181,7 @@ def _complete(self: PairStore, ids):
             "goes on from there."
         )
 
-# %% ../../nbs/method/05_pair_store.ipynb #e2d3cd32
+# %% ../../nbs/method/05_pair_store.ipynb #5d17c936
 @patch
 def load(self: PairStore, ids: Sequence[int]) -> Tensor: # uint8 [N, K, 3, H, W]
     "The images of these seed images, in this order, in memory. ValueError if some are still missing."
@@ -195,14 +195,14 @@ def load(self: PairStore, ids: Sequence[int]) -> Tensor: # uint8 [N, K, 3, H, W]
         out[[place[e["ids"][r]] for r in rows]] = images[rows]
     return out
 
-# %% ../../nbs/method/05_pair_store.ipynb #083d6f50
+# %% ../../nbs/method/05_pair_store.ipynb #a054b3f4
 @patch
 def open(self: PairStore, ids: Sequence[int]) -> MappedImages: # uint8 [N, K, 3, H, W]
     "The images of these seed images, in this order, on disk. ValueError if some are still missing."
     self._complete(ids)
     return MappedImages(self, ids)
 
-# %% ../../nbs/method/05_pair_store.ipynb #171ce049
+# %% ../../nbs/method/05_pair_store.ipynb #f14abf96
 @dataclass
 class Report:
     "What is wrong with a store."
@@ -220,7 +220,7 @@ class Report:
         found += [f"files that the index does not name: {len(self.strays)}"] if self.strays else []
         return ", ".join(found + ["a torn line in the index"] * self.torn) or "fine"
 
-# %% ../../nbs/method/05_pair_store.ipynb #176df365
+# %% ../../nbs/method/05_pair_store.ipynb #03b059b5
 def inspect_store(store: PairStore) -> Report:
     "Check every shard and every file of a store; nothing is changed."
     bad = []
@@ -236,7 +236,7 @@ def verify(self: PairStore) -> list[dict]: # entries of bad shards
     "Check every shard."
     return inspect_store(self).bad
 
-# %% ../../nbs/method/05_pair_store.ipynb #67389f55
+# %% ../../nbs/method/05_pair_store.ipynb #2866863a
 def _entry_of(path: Path) -> dict | None:
     """The index entry of a whole shard, from the file alone: its name begins with the first id and ends with the
     checksum's first digits.
@@ -247,7 +247,7 @@ def _entry_of(path: Path) -> dict | None:
     with safe_open(path, "np") as f: ids = json.loads((f.metadata() or {}).get("ids", "null"))
     return ids and dict(ids=ids, file=path.name, sha256=sha256, bytes=len(content))
 
-# %% ../../nbs/method/05_pair_store.ipynb #65fbbdbc
+# %% ../../nbs/method/05_pair_store.ipynb #d63102d5
 def repair_store(store: PairStore) -> tuple[Report, list[dict]]: # what was wrong; entries of strays that were taken in
     """Drop bad shards from the index, take in strays that are whole, delete the others.
 

@@ -17,7 +17,7 @@ from ..core.randomness import generator
 from .batches import epoch_batches, pair_batch, PairBatch
 from .classifier import UCDM
 
-# %% ../../nbs/method/17_train_state.ipynb #eab610dc
+# %% ../../nbs/method/17_train_state.ipynb #ea4a2d94
 @dataclass
 class TrainState:
     "A run between two epochs."
@@ -31,7 +31,6 @@ class TrainState:
     @property
     def where(self) -> str: return f"round {self.round + 1}, epoch {self.epoch}"
 
-# %% ../../nbs/method/17_train_state.ipynb #ea4a2d94
 def new_state(ucdm: UCDM, # an untrained classifier
              ) -> TrainState: # at the start
     "Start a run: Adam at a constant rate, no weight decay (Table 17)."

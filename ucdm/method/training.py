@@ -176,6 +176,14 @@ def _run(state, data, checkpoint, fingerprint, callback, progress, checkpoint_ev
             bar.total = bar.n + _images_to_come(state)
             saved = time.monotonic()
 
+# %% ../../nbs/method/19_training.ipynb #29c53989
+def _remedy(checkpoint, config) -> str:
+    "What to do when the loss or the weights are not finite."
+    kept = checkpoint is not None and Path(checkpoint).exists()
+    again = f"The checkpoint {checkpoint} is from before that: run again with it" if kept else "Run again"
+    precise = ' or precision="float32"' if config.precision != "float32" else ""
+    return f"{again}, with a learning rate below {config.lr:g}{precise}"
+
 # %% ../../nbs/method/19_training.ipynb #52579a82
 def train_ucdm(seeds: Tensor, # unlabelled real images, uint8 [N, 3, 32, 32]
                pairs: PairSet, # positives and negatives uint8 [N, K, 3, 32, 32], names of the K classes
@@ -204,14 +212,6 @@ def train_ucdm(seeds: Tensor, # unlabelled real images, uint8 [N, 3, 32, 32]
     except FloatingPointError as e: raise FloatingPointError(f"{e}. {_remedy(checkpoint, config)}") from None
     state.ucdm.model.eval()
     return state.ucdm
-
-# %% ../../nbs/method/19_training.ipynb #083a7238
-def _remedy(checkpoint, config) -> str:
-    "What to do when the loss or the weights are not finite."
-    kept = checkpoint is not None and Path(checkpoint).exists()
-    again = f"The checkpoint {checkpoint} is from before that: run again with it" if kept else "Run again"
-    precise = ' or precision="float32"' if config.precision != "float32" else ""
-    return f"{again}, with a learning rate below {config.lr:g}{precise}"
 
 # %% ../../nbs/method/19_training.ipynb #48281090
 def training_rate(config: TrainConfig=TrainConfig(), # network, precision, batch size, compilation

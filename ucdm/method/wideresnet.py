@@ -83,7 +83,7 @@ class WideResNet(nn.Module):
             elif isinstance(m, nn.Linear): nn.init.zeros_(m.bias)
         self.to(memory_format=torch.channels_last)
 
-# %% ../../nbs/method/10_wideresnet.ipynb #67275251
+# %% ../../nbs/method/10_wideresnet.ipynb #d6d22506
 @patch
 def features(self: WideResNet,
              x: Tensor, # normalised images [B, 3, H, W]
@@ -141,7 +141,7 @@ def fresh_averages(model: nn.Module, # a network with batch norm layers
         for m, p in zip(norms, momenta): m.momentum = p
         for m, t in was.items(): m.training = t
 
-# %% ../../nbs/method/10_wideresnet.ipynb #ad28b269
+# %% ../../nbs/method/10_wideresnet.ipynb #8233e64b
 def refresh_running_statistics(model: nn.Module, # its running statistics change in place
                                images: Tensor, # uint8 [N, 3, H, W]
                                generator: torch.Generator, # decides the order
