@@ -59,7 +59,7 @@ def _check_losses(rows, i, at, kinds):
 # %% ../../nbs/method/19_training.ipynb #f85b358e
 def train_epoch(state: TrainState, # changed in place
                 data: TrainData, # what to draw from
-                tick: Callable=lambda images, loss: None, # called now and then: images since the last call, current loss
+                tick: Callable=lambda images, loss: None, # now and then: images since the last call, current loss
                ) -> dict: # the epoch's entry in the history
     """One epoch of Algorithm 2.
 
