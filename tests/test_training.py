@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ucdm.core.tensor_files import read_tensors
 from ucdm.method.classifier import UCDM
 from ucdm.method.train_config import TrainConfig
-from ucdm.core.tensor_files import read_tensors
 from ucdm.method.training import train_ucdm
 
 CONFIG = TrainConfig(
@@ -29,7 +29,7 @@ CONFIG = TrainConfig(
 
 
 def toy_data(n=20, n_known=2):
-    "Seeds and pairs of noise around a grey level that depends on the class."
+    "Seed images and pairs of noise around a grey level that depends on the class."
     g = torch.Generator().manual_seed(0)
     def noise(*shape): return torch.randint(0, 64, (*shape, 3, 32, 32), generator=g)
     level = torch.tensor([0, 90]).view(1, n_known, 1, 1, 1)

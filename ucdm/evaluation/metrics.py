@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'CURVE_POINTS', 'BATCH_NORM_PROTOCOLS', 'accuracy', 'closed_accuracy', 'open_accuracies', 'balance_score',
-           'auroc_known_vs_other', 'oscr_curve', 'oscr', 'ece', 'curves', 'evaluate', 'evaluate_with_curves']
+           'auroc_known_vs_other', 'oscr_curve', 'oscr', 'ece', 'curves', 'evaluate_with_curves', 'evaluate']
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #82eb7cb7
 import math, statistics
@@ -17,7 +17,7 @@ from torch import Tensor
 def accuracy(probs: Tensor, # probabilities [N, C]
              labels: Tensor, # right answers [N]
             ) -> float: # percent; nan without images
-    "Share of images whose largest probability is at the right answer, in percent."
+    "How many images have their largest probability at the right answer, in percent."
     return (probs.argmax(1) == labels).float().mean().item() * 100
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #ea81adec
@@ -47,11 +47,6 @@ def balance_score(known: float, # accuracies, in percent
     a = (known, unknown, new)
     return math.nan if any(map(math.isnan, a)) else statistics.mean(a) - statistics.stdev(a)
 
-# %% ../../nbs/evaluation/01_metrics.ipynb #2beb7cc2
-def _all(open_probs, labels):
-    "Groups as one: probabilities [N, K + 1] and right answers [N]."
-    return torch.cat([open_probs[g] for g in GROUPS]), torch.cat([labels[g] for g in GROUPS])
-
 # %% ../../nbs/evaluation/01_metrics.ipynb #3afedf6c
 def auroc_known_vs_other(open_probs: Tensor, # probabilities over K + 1 answers [N, K + 1]
                          labels: Tensor, # right answers, K is "other" [N]
@@ -65,13 +60,12 @@ def auroc_known_vs_other(open_probs: Tensor, # probabilities over K + 1 answers 
     return binary_auroc(open_probs[:, -1].clamp(0, 1), is_other).item() * 100
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #153c2164
-def oscr_curve(
-    open_probs: Tensor, # probabilities over K + 1 answers [N, K + 1]
-    labels: Tensor, # right answers, K is "other" [N]
-    # false positive rate and correct classification rate, 0 to 1, at every threshold from above the
-    # highest score down
-) -> tuple[Tensor, Tensor]:
-    "Correct classification rate against false positive rate (Dhamija et al., 2018, *Reducing network agnostophobia*)."
+def oscr_curve(open_probs: Tensor, # probabilities over K + 1 answers [N, K + 1]
+               labels: Tensor, # right answers, K is "other" [N]
+              ) -> tuple[Tensor, Tensor]: # false positive rate and correct classification rate, 0 to 1
+    """Correct classification rate against false positive rate, at every threshold from above the highest score down
+    (Dhamija et al., 2018, *Reducing network agnostophobia*).
+    """
     score, best = open_probs[:, :-1].double().max(1)
     other = labels == open_probs.shape[1] - 1
     tau = score.unique().flip(0)[:, None]
@@ -98,24 +92,21 @@ def ece(open_probs: Tensor, # probabilities over K + 1 answers [N, K + 1]
        ) -> float: # percent
     "Expected calibration error of the K + 1-way prediction (l1, bins of equal width)."
     from torchmetrics.functional.classification import multiclass_calibration_error
-    return (
-        multiclass_calibration_error(
-            open_probs, labels, num_classes=open_probs.shape[1], n_bins=n_bins, norm="l1"
-        ).item()
-        * 100
-    )
+    n = open_probs.shape[1]
+    return multiclass_calibration_error(open_probs, labels, num_classes=n, n_bins=n_bins, norm="l1").item() * 100
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #4ef52b09
 CURVE_POINTS = 101
 
-def curves(
-    open_probs: Tensor, # probabilities over K + 1 answers [N, K + 1]
-    labels: Tensor, # right answers, K is "other" [N]
-    n_bins: int = 15, # of confidence, of equal width
-    # 0 to 1: "ccr" at CURVE_POINTS false positive rates from 0 to 1 ([] if a side is missing); "share",
-    # "confidence" and "right" of the answers in each bin, nan where there are none
-) -> dict[str, list[float]]:
-    "OSCR and calibration as curves."
+def curves(open_probs: Tensor, # probabilities over K + 1 answers [N, K + 1]
+           labels: Tensor, # right answers, K is "other" [N]
+           n_bins: int = 15, # of confidence, of equal width
+          ) -> dict[str, list[float]]: # all from 0 to 1
+    """OSCR and calibration as curves.
+
+    "ccr" is the correct classification rate at CURVE_POINTS false positive rates from 0 to 1 ([] if a side is missing).
+    "share" is the fraction of the answers in each bin, "confidence" and "right" their means, nan in an empty bin.
+    """
     is_other = labels == open_probs.shape[1] - 1
     ccr = []
     if is_other.any() and not is_other.all():
@@ -126,9 +117,8 @@ def curves(
     which = (confidence * n_bins).long().clamp(0, n_bins - 1)
     total = torch.bincount(which, minlength=n_bins).double()
     mean = lambda x: (torch.bincount(which, x.double(), minlength=n_bins) / total).tolist()
-    return dict(
-        ccr=ccr, share=(total / len(labels)).tolist(), confidence=mean(confidence), right=mean(answer == labels)
-    )
+    bins = dict(share=(total / len(labels)).tolist(), confidence=mean(confidence), right=mean(answer == labels))
+    return dict(ccr=ccr, **bins)
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #a68bba6b
 BATCH_NORM_PROTOCOLS = ("running", "group_pure", "mixed")
@@ -149,23 +139,32 @@ def _predict_groups(predict, images, batch_norm, seed):
     closed, open_probs = (t.split(sizes) for t in shuffled(torch.cat(list(images.values()))))
     return dict(zip(images, zip(closed, open_probs)))
 
-# %% ../../nbs/evaluation/01_metrics.ipynb #40785d46
-def evaluate(
-    predict: Callable
-    # images uint8 [N, 3, 32, 32] -> (closed [N, K], open [N, K + 1]), probabilities; or what it has said of each group
-    | Mapping,
-    # "known", "unknown", "new" -> (images, labels 0..K with K = other)
-    groups: Mapping[str, tuple[Tensor, Tensor]],
-    # or "group_pure", "mixed": then predict is called with batch_norm="batch"
-    batch_norm: str = "running",
-    seed: int = 0, # order of the images in batches with their own statistics
-) -> dict[str, float]: # percent: closed, known, unknown, new, balance, auroc, oscr, ece
-    """All metrics of one method on one test set. A group without images gives nan, and so does what depends on it.
+# %% ../../nbs/evaluation/01_metrics.ipynb #c7413aee
+def _check(closed, open_probs, labels):
+    "ValueError for predictions that are no probabilities, or of the wrong shape, and for wrong labels."
+    K = closed["known"].shape[1]
+    for g in GROUPS:
+        n = len(labels[g])
+        if closed[g].shape != (n, K) or open_probs[g].shape != (n, K + 1):
+            raise ValueError(
+                f"predict gave {tuple(closed[g].shape)} and {tuple(open_probs[g].shape)} for the {n} {g} "
+                f"images; expected ({n}, {K}) and ({n}, {K + 1})"
+            )
+        for name, p in [("closed", closed[g]), ("open", open_probs[g])]:
+            if not (torch.isfinite(p).all() and (p.sum(1) - 1).abs().le(1e-2).all() and (p >= -1e-4).all()):
+                raise ValueError(
+                    f"predict's {name} output on {g} images is not a probability distribution in every row: "
+                    "return probabilities, not logits"
+                )
+        ok = (labels[g] >= 0) & (labels[g] < K) if g == "known" else labels[g] == K
+        if not ok.all():
+            right = f"0 to {K - 1}" if g == "known" else f'{K} ("other")'
+            raise ValueError(f"labels of the {g} images must be {right}, got {labels[g][~ok][0].item()}")
 
-    Raises `ValueError` for a missing group, a wrong label, or predictions that are not probabilities of the right
-    shape.
-    """
-    return evaluate_with_curves(predict, groups, batch_norm, seed)[0]
+# %% ../../nbs/evaluation/01_metrics.ipynb #de21684a
+def _all(open_probs, labels):
+    "Groups as one: probabilities [N, K + 1] and right answers [N]."
+    return torch.cat([open_probs[g] for g in GROUPS]), torch.cat([labels[g] for g in GROUPS])
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #f26c1f38
 def evaluate_with_curves(
@@ -186,33 +185,22 @@ def evaluate_with_curves(
     _check(closed, open_probs, labels)
     together = _all(open_probs, labels)
     metrics = {"closed": closed_accuracy(closed["known"], labels["known"]), **open_accuracies(open_probs, labels)}
-    return metrics | {
-        "balance": balance_score(*(metrics[g] for g in GROUPS)),
-        "auroc": auroc_known_vs_other(*together),
-        "oscr": oscr(*together),
-        "ece": ece(*together),
-    }, curves(*together)
+    metrics |= {"balance": balance_score(*(metrics[g] for g in GROUPS))}
+    metrics |= {"auroc": auroc_known_vs_other(*together), "oscr": oscr(*together), "ece": ece(*together)}
+    return metrics, curves(*together)
 
-# %% ../../nbs/evaluation/01_metrics.ipynb #c7413aee
-def _check(closed, open_probs, labels):
-    K = closed["known"].shape[1]
-    for g in GROUPS:
-        n = len(labels[g])
-        if closed[g].shape != (n, K) or open_probs[g].shape != (n, K + 1):
-            raise ValueError(
-                f"predict gave {tuple(closed[g].shape)} and {tuple(open_probs[g].shape)} for the {n} {g} "
-                f"images; expected ({n}, {K}) and ({n}, {K + 1})"
-            )
-        for name, p in [("closed", closed[g]), ("open", open_probs[g])]:
-            if not (torch.isfinite(p).all() and (p.sum(1) - 1).abs().le(1e-2).all() and (p >= -1e-4).all()):
-                raise ValueError(
-                    f"predict's {name} output on {g} images is not a probability distribution in every row: "
-                    "return probabilities, not logits"
-                )
-        ok = (labels[g] >= 0) & (labels[g] < K) if g == "known" else labels[g] == K
-        if not ok.all():
-            raise ValueError(
-                f"labels of the {g} images must be "
-                + (f"0 to {K - 1}" if g == "known" else f'{K} ("other")')
-                + f", got {labels[g][~ok][0].item()}"
-            )
+# %% ../../nbs/evaluation/01_metrics.ipynb #40785d46
+def evaluate(
+    # images uint8 [N, 3, 32, 32] -> (closed [N, K], open [N, K + 1]), probabilities; or the predictions of each group
+    predict: Callable | Mapping,
+    # "known", "unknown", "new" -> (images, labels 0..K with K = other)
+    groups: Mapping[str, tuple[Tensor, Tensor]],
+    batch_norm: str = "running", # or "group_pure", "mixed": then predict is called with batch_norm="batch"
+    seed: int = 0, # order of the images in batches with their own statistics
+) -> dict[str, float]: # percent: closed, known, unknown, new, balance, auroc, oscr, ece
+    """All metrics of one method on one test set. A group without images gives nan, and so does what depends on it.
+
+    Raises `ValueError` for a missing group, a wrong label, or predictions that are not probabilities of the right
+    shape.
+    """
+    return evaluate_with_curves(predict, groups, batch_norm, seed)[0]

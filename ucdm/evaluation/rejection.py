@@ -5,19 +5,24 @@
 # %% auto #0
 __all__ = ['RULES', 'CONFIDENCES', 'otsu', 'add_other', 'with_other']
 
-# %% ../../nbs/evaluation/03_rejection.ipynb #80194116
+# %% ../../nbs/evaluation/03_rejection.ipynb #312dc564
 import math
 from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from skimage.filters import threshold_otsu
 from torch import Tensor
 
-# %% ../../nbs/evaluation/03_rejection.ipynb #16e6611a
+# %% ../../nbs/evaluation/03_rejection.ipynb #b0c5954a
 RULES = ("never", "msp", "energy")
+CONFIDENCES: dict[str, Callable] = {
+    "msp": lambda logits: logits.softmax(1).amax(1),
+    "energy": lambda logits: logits.logsumexp(1),
+}
 
-# %% ../../nbs/evaluation/03_rejection.ipynb #7dbf8697
+# %% ../../nbs/evaluation/03_rejection.ipynb #ee220a73
 def otsu(scores: Tensor, # any shape
          bins: int=256, # of the histogram that stands for the scores
         ) -> float:
@@ -25,18 +30,11 @@ def otsu(scores: Tensor, # any shape
     several.
     """
     counts, edges = np.histogram(scores.detach().double().cpu().numpy().ravel(), bins)
-    centres, below = (edges[1:] + edges[:-1]) / 2, np.cumsum(counts)[:-1]
-    above, total = counts.sum() - below, np.cumsum(counts * centres)
-    gap = total[:-1] / np.maximum(below, 1) - (total[-1] - total[:-1]) / np.maximum(above, 1)
-    return float(centres[np.argmax(below * above * gap**2)])
+    centres = (edges[1:] + edges[:-1]) / 2
+    if np.count_nonzero(counts) == 1: return float(centres[0]) # scores that are all equal
+    return float(threshold_otsu(hist=(counts, centres)))
 
-# %% ../../nbs/evaluation/03_rejection.ipynb #5bc0810c
-CONFIDENCES: dict[str, Callable] = {
-    "msp": lambda logits: logits.softmax(1).amax(1),
-    "energy": lambda logits: logits.logsumexp(1),
-}
-
-# %% ../../nbs/evaluation/03_rejection.ipynb #54712a22
+# %% ../../nbs/evaluation/03_rejection.ipynb #f5e4c554
 def add_other(logits: Tensor, # closed-set logits [N, K]
               gap: Tensor, # g, above 0 where the answer is "other" [N]
              ) -> Tensor: # probabilities [N, K + 1]

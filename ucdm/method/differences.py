@@ -5,48 +5,38 @@
 # %% auto #0
 __all__ = ['CHOICES', 'PAPER', 'REFERENCE', 'Differences']
 
-# %% ../../nbs/method/01_differences.ipynb #21d66ddf
-from dataclasses import dataclass
+# %% ../../nbs/method/01_differences.ipynb #857a06fd
+from typing import Annotated, get_args, Literal, get_type_hints
 
-# %% ../../nbs/method/01_differences.ipynb #772d7faa
-@dataclass(frozen=True)
+from annotated_types import Ge
+
+from ..core.checked import settings
+
+# %% ../../nbs/method/01_differences.ipynb #fc321ab0
+@settings
 class Differences:
     "One field a difference between the paper and its released code. The defaults are the paper's."
     # "eq6": noise predicted at (x_{t-1}, t), Eq. 6. "ode": at (x_{t-1}, t-1), forward Euler of the probability-flow ODE
-    inversion: str = "eq6"
-    grid: str = "matched"             # "matched": one grid up and down. "reference": off by one step at the top
-    # "aligned": a pair belongs to its seed and class. "reference": tiled so that most belong to another seed
-    pairing: str = "aligned"
+    inversion: Literal["eq6", "ode"] = "eq6"
+    # "matched": one grid for inversion and sampling. "reference": off by one step at the top
+    grid: Literal["matched", "reference"] = "matched"
+    # "aligned": a pair belongs to its seed image and class. "reference": tiled so that most belong to another image
+    pairing: Literal["aligned", "reference"] = "aligned"
     # "running" statistics; "group_pure": of test batches of one group; "mixed": of shuffled test batches
-    test_batch_norm: str = "running"
-    bn_affine_steps: int = 100        # iterations for which batch norm's scale and shift are trained
+    test_batch_norm: Literal["running", "group_pure", "mixed"] = "running"
+    bn_affine_steps: Annotated[int, Ge(0)] = 100 # iterations for which batch norm's scale and shift are trained
     cap_other: bool = False           # cap the "other" pseudo-labels of a round at the largest known-class count
     strict_threshold: bool = False    # a confidence must be > delta instead of >= delta
-    # train with a forward pass, and so batch statistics, for positives and negatives of each set, rather than one for
-    # all
-    separate_forward: bool = False
+    separate_forward: bool = False    # train with a forward pass for each group of images, rather than one for all
 
-    def __post_init__(self):
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(map(repr, allowed))}."
-                )
-        if not isinstance(self.bn_affine_steps, int) or self.bn_affine_steps < 0:
-            raise ValueError(
-                f"bn_affine_steps={self.bn_affine_steps!r} must be a whole number of iterations, 0 or more."
-            )
+# %% ../../nbs/method/01_differences.ipynb #9cdd3019
+CHOICES = {
+    name: (False, True) if hint is bool else get_args(hint)
+    for name, hint in get_type_hints(Differences).items()
+    if hint is not int
+}
 
-# %% ../../nbs/method/01_differences.ipynb #75e9fa67
-CHOICES = dict(
-    inversion=("eq6", "ode"),
-    grid=("matched", "reference"),
-    pairing=("aligned", "reference"),
-    test_batch_norm=("running", "group_pure", "mixed"),
-    cap_other=(False, True),
-    strict_threshold=(False, True),
-    separate_forward=(False, True),
-)
+# %% ../../nbs/method/01_differences.ipynb #455c6482
 PAPER = Differences()
 REFERENCE = Differences(
     inversion="ode",
