@@ -40,13 +40,13 @@ def contrastive_loss(z: Tensor, # projections of length 1 [2n, D]
                     ) -> Tensor: # scalar
     "Supervised contrastive loss with weights (Eq. 8 of Yang et al., 2022, as corrected by its authors)."
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    log_share = (z @ z.T / temperature).masked_fill(itself, -torch.inf).log_softmax(1).masked_fill(itself, 0)
-    return -((m * log_share).sum(1) / m.sum(1)).mean()
+    log_p = (z @ z.T / temperature).masked_fill(itself, -torch.inf).log_softmax(1).masked_fill(itself, 0)
+    return -((m * log_p).sum(1) / m.sum(1)).mean()
 
 # %% ../../nbs/baselines/13_ccssl.ipynb #cc1259f2
 def random_part(images: Tensor, # uint8 [B, C, H, W]
                 generator: torch.Generator, # decides, on the CPU
-                smallest: float=.08, # share of the area
+                smallest: float=.08, # fraction of the area
                ) -> Tensor: # uint8 [B, C, H, W]
     "A random part of each image, of aspect 3:4 to 4:3, blown up to the whole size."
     draw = lambda low, high: torch.rand(len(images), generator=generator) * (high - low) + low

@@ -6,7 +6,6 @@
 __all__ = ['levels', 'noise_errors', 'posterior', 'DiffusionClassifierConfig', 'DiffusionClassifier', 'fit_diffusion_classifier']
 
 # %% ../../nbs/baselines/19_diffusion_classifier.ipynb #5770ab60
-import math
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -58,7 +57,7 @@ def noise_errors(prior: Prior, # the frozen model
 # %% ../../nbs/baselines/19_diffusion_classifier.ipynb #f2445e2a
 def posterior(errors: Tensor, # [N, C, n]
              ) -> Tensor: # [N, C]
-    "Bayes' rule with equal priors over prompts."
+    "Bayes' rule with equally likely prompts."
     return (-errors.mean(2)).softmax(1)
 
 # %% ../../nbs/baselines/19_diffusion_classifier.ipynb #4b5c0736

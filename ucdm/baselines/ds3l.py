@@ -95,7 +95,7 @@ class DS3LConfig(SSLConfig):
     weight_lr: Rate = 6e-5 # learning rate of the weighting network
     hidden: Count = 100 # width of its hidden layer
 
-# %% ../../nbs/baselines/15_ds3l.ipynb #46712cfd
+# %% ../../nbs/baselines/15_ds3l.ipynb #720dd17e
 @register("ds3l")
 class DS3L(Learner):
     "DS3L (Guo et al., ICML 2020) with the consistency of the Pi-model."
@@ -112,55 +112,58 @@ class DS3L(Learner):
             "unlabelled": Stream(self.unlabelled, c.ratio * c.batch_size, ("weak", "weak")),
         }
 
-    @property
-    def coefficient(self) -> float:
-        "c(t)."
-        risen = min(1., self.done / self.config.ramp) if self.config.ramp else 1.
-        return self.config.coefficient * math.exp(-5 * (1 - risen)**2)
+# %% ../../nbs/baselines/15_ds3l.ipynb #a05f3696
+@patch(as_prop=True)
+def coefficient(self: DS3L) -> float:
+    "c(t)."
+    risen = min(1., self.done / self.config.ramp) if self.config.ramp else 1.
+    return self.config.coefficient * math.exp(-5 * (1 - risen)**2)
 
-    def logits(self, theta: dict[str, Tensor], buffers: dict[str, Tensor], *views: Tensor) -> tuple[Tensor, ...]:
-        "Closed-set logits of several views, from one pass of the network with these parameters and running statistics."
-        with self.autocast():
-            return functional_call(self.model, (theta, buffers), (torch.cat(views),))[0].split([len(v) for v in views])
+# %% ../../nbs/baselines/15_ds3l.ipynb #c7b4d55d
+@patch
+def logits(self: DS3L, theta: dict[str, Tensor], # parameters by name
+           buffers: dict[str, Tensor], # running statistics by name
+           *views: Tensor, # normalised images, each [B, 3, H, W]
+          ) -> tuple[Tensor, ...]: # each [B, K]
+    "Closed-set logits of several views, from one pass of the network with these parameters and running statistics."
+    with self.autocast():
+        return functional_call(self.model, (theta, buffers), (torch.cat(views),))[0].split([len(v) for v in views])
 
-    def update(self, batch):
-        x, u, net, c, beta = (
-            batch["labelled"],
-            batch["unlabelled"],
-            self.aux["weight"],
-            self.coefficient,
-            self.config.meta_lr,
-        )
-        # what the closed-set head depends on
-        theta = {k: p for k, p in self.model.named_parameters() if not k.startswith("open_head")}
-        copies = {k: b.clone() for k, b in self.model.named_buffers()}
-        f_x, f_1, f_2 = self.logits(theta, dict(self.model.named_buffers()), *x.views, *u.views)
-        L_x, omega, p = F.cross_entropy(f_x, x.y), consistency(f_1, f_2), f_1.detach().softmax(1)
-        L = lambda w: L_x + c * weighted_mean(omega, w.detach())
+# %% ../../nbs/baselines/15_ds3l.ipynb #4f354ef0
+@patch
+def learn_weights(self: DS3L, w: Tensor, # weights, with their graph to alpha [B]
+                  lower: Tensor, # L(theta, alpha), with its graph to theta
+                  theta: dict[str, Tensor], # parameters by name
+                  copies: dict[str, Tensor], # of the running statistics
+                  batch: dict, # what was drawn
+                 ) -> Tensor: # L_x(theta-hat), scalar
+    "One step of the weighting network."
+    x, u, alpha = batch["labelled"], batch["unlabelled"], list(self.aux["weight"].parameters())
+    upper = lambda th: F.cross_entropy(self.logits(th, copies, *x.views)[0], x.y)
+    omega = lambda th: consistency(*self.logits(th, copies, *x.views, *u.views)[1:])
+    dw, value = weight_gradient(theta, lower, upper, omega, w, self.coefficient, self.config.meta_lr)
+    for a, g in zip(alpha, torch.autograd.grad(w, alpha, dw)): a.grad = g
+    self.optimizers["weight"].step()
+    return value
 
-        w, alpha = net(p), list(net.parameters())
-        dw, upper = weight_gradient(
-            theta,
-            L(w),
-            lambda th: F.cross_entropy(self.logits(th, copies, *x.views)[0], x.y),
-            lambda th: consistency(*self.logits(th, copies, *x.views, *u.views)[1:]),
-            w,
-            c,
-            beta,
-        )
-        for a, g in zip(alpha, torch.autograd.grad(w, alpha, dw)): a.grad = g
-        self.optimizers["weight"].step()
+# %% ../../nbs/baselines/15_ds3l.ipynb #c8046c8e
+@patch
+def update(self: DS3L, batch):
+    x, u, net, c = batch["labelled"], batch["unlabelled"], self.aux["weight"], self.coefficient
+    # what the closed-set head depends on
+    theta = {k: p for k, p in self.model.named_parameters() if not k.startswith("open_head")}
+    copies = {k: b.clone() for k, b in self.model.named_buffers()}
+    f_x, f_1, f_2 = self.logits(theta, dict(self.model.named_buffers()), *x.views, *u.views)
+    L_x, omega, p = F.cross_entropy(f_x, x.y), consistency(f_1, f_2), f_1.detach().softmax(1)
+    L = lambda w: L_x + c * weighted_mean(omega, w.detach())
 
-        w = net(p).detach()
-        loss = L(w)
-        loss.backward()
-        self.optimizers["main"].step()
-        self.optimizers["main"].zero_grad(set_to_none=True)
-        return {
-            "loss": loss,
-            "L_x": L_x,
-            "L_u": weighted_mean(omega, w),
-            "upper": upper,
-            "weight": w.mean(),
-            "spread": w.std(correction=0),
-        }
+    w = net(p)
+    upper = self.learn_weights(w, L(w), theta, copies, batch)
+
+    w = net(p).detach()
+    loss = L(w)
+    loss.backward()
+    self.optimizers["main"].step()
+    self.optimizers["main"].zero_grad(set_to_none=True)
+    terms = {"loss": loss, "L_x": L_x, "L_u": weighted_mean(omega, w), "upper": upper}
+    return terms | {"weight": w.mean(), "spread": w.std(correction=0)}

@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from annotated_types import Interval
+from fastcore.basics import patch
 from torch import Tensor
 
 from .batches import Stream
@@ -58,7 +59,7 @@ class IOMatchConfig(SSLConfig):
     recent: Annotated[int, Interval(ge=1, le=10**6)] = 128 # batches whose mean prediction is aligned
     warm_up: Fraction = 1 / 256 # part of the training before the open-set loss begins
 
-# %% ../../nbs/baselines/12_iomatch.ipynb #4032b21c
+# %% ../../nbs/baselines/12_iomatch.ipynb #7e1570ef
 @register("iomatch")
 class IOMatch(Learner):
     "IOMatch (Li et al., ICCV 2023)."
@@ -81,39 +82,46 @@ class IOMatch(Learner):
             "unlabelled": Stream(self.unlabelled, c.ratio * c.batch_size, ("weak", "strong")),
         }
 
-    def logits(self, model: nn.Module, h: Tensor) -> tuple[Tensor, Tensor, Tensor]: # [B, K], [B, 2, K], [B, K + 1]
-        "What phi, chi and psi say about features."
-        z = model.extra["project"](h)
-        return model.closed_head(h), model.extra["binary"](z).unflatten(1, (2, self.n_known)), model.extra["open"](z)
+# %% ../../nbs/baselines/12_iomatch.ipynb #93f98614
+@patch
+def logits(self: IOMatch, model: nn.Module, h: Tensor) -> tuple[Tensor, Tensor, Tensor]: # [B, K], [B, 2, K], [B, K + 1]
+    "The logits of phi, chi and psi."
+    z = model.extra["project"](h)
+    return model.closed_head(h), model.extra["binary"](z).unflatten(1, (2, self.n_known)), model.extra["open"](z)
 
-    def answer(self, model, x):
-        closed, _, open_logits = self.logits(model, *self.features(x, model=model))
-        return closed, open_logits.softmax(1)
+@patch
+def answer(self: IOMatch, model, x):
+    closed, _, open_logits = self.logits(model, *self.features(x, model=model))
+    return closed, open_logits.softmax(1)
 
-    @torch.no_grad()
-    def targets(self, f_w: Tensor, r_w: Tensor) -> tuple[Tensor, Tensor]: # [B, K] and [B, K + 1]
-        "p-tilde and q-tilde from the logits of weak views."
-        p = f_w.softmax(1)
-        recent = self.memory["recent"]
-        recent[self.steps % len(recent)] = p.mean(0)
-        if self.config.aligned: p = align(p, recent[:self.steps + 1].mean(0))
-        return p, open_targets(p, r_w.softmax(1)[:, 0])
+# %% ../../nbs/baselines/12_iomatch.ipynb #9b1a00ee
+@patch
+@torch.no_grad()
+def targets(self: IOMatch, f_w: Tensor, r_w: Tensor) -> tuple[Tensor, Tensor]: # [B, K] and [B, K + 1]
+    "p-tilde and q-tilde from the logits of weak views."
+    p = f_w.softmax(1)
+    recent = self.memory["recent"]
+    recent[self.steps % len(recent)] = p.mean(0)
+    if self.config.aligned: p = align(p, recent[:self.steps + 1].mean(0))
+    return p, open_targets(p, r_w.softmax(1)[:, 0])
 
-    def loss(self, batch):
-        c, x, u = self.config, batch["labelled"], batch["unlabelled"]
-        (f_x, r_x, _), (f_w, r_w, _), (f_s, _, q_s) = (
-            self.logits(self.model, h) for h in self.features(*x.views, *u.views)
-        )
-        p, q = self.targets(f_w, r_w)
-        inlier, sure, open_mask = q[:, -1] < .5, p.amax(1) >= c.p_threshold, q.amax(1) >= c.q_threshold
-        L_s, L_ova = F.cross_entropy(f_x, x.y), ova_loss(r_x, x.y)
-        L_ui, L_op = soft_loss(f_s, p, inlier & sure), soft_loss(q_s, q, open_mask & (self.done >= c.warm_up))
-        return {
-            "loss": L_s + c.lambda_mb * L_ova + c.lambda_ui * L_ui + c.lambda_op * L_op,
-            "L_s": L_s,
-            "L_ova": L_ova,
-            "L_ui": L_ui,
-            "L_op": L_op,
-            "inlier_mask": (inlier & sure).float().mean(),
-            "open_mask": open_mask.float().mean(),
-        }
+# %% ../../nbs/baselines/12_iomatch.ipynb #739926da
+@patch
+def loss(self: IOMatch, batch):
+    c, x, u = self.config, batch["labelled"], batch["unlabelled"]
+    (f_x, r_x, _), (f_w, r_w, _), (f_s, _, q_s) = (
+        self.logits(self.model, h) for h in self.features(*x.views, *u.views)
+    )
+    p, q = self.targets(f_w, r_w)
+    inlier, sure, open_mask = q[:, -1] < .5, p.amax(1) >= c.p_threshold, q.amax(1) >= c.q_threshold
+    L_s, L_ova = F.cross_entropy(f_x, x.y), ova_loss(r_x, x.y)
+    L_ui, L_op = soft_loss(f_s, p, inlier & sure), soft_loss(q_s, q, open_mask & (self.done >= c.warm_up))
+    return {
+        "loss": L_s + c.lambda_mb * L_ova + c.lambda_ui * L_ui + c.lambda_op * L_op,
+        "L_s": L_s,
+        "L_ova": L_ova,
+        "L_ui": L_ui,
+        "L_op": L_op,
+        "inlier_mask": (inlier & sure).float().mean(),
+        "open_mask": open_mask.float().mean(),
+    }

@@ -33,7 +33,7 @@ def blend(images: Tensor, # [N, 3, H, W], floats
           share: Tensor, # lambda of each image [N]
           partner: Tensor, # pi: whom it is blended with [N]
          ) -> tuple[Tensor, Tensor]: # images and targets, blended
-    "MixUp with given shares and partners."
+    "MixUp with given mixing weights and partners."
     s = share.view(-1, 1, 1, 1)
     return s * images + (1 - s) * images[partner], share[:, None] * targets + (1 - share[:, None]) * targets[partner]
 

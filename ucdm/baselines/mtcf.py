@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from annotated_types import Ge
+from fastcore.basics import patch
 from torch import Tensor
 
 from .batches import Stream
@@ -91,7 +92,7 @@ class MTCFConfig(MixMatchConfig):
         if self.pre_epochs >= self.epochs:
             raise ValueError(f"MTCFConfig.pre_epochs must be below epochs, got {self.pre_epochs} and {self.epochs}")
 
-# %% ../../nbs/baselines/16_mtcf.ipynb #3cb92bb0
+# %% ../../nbs/baselines/16_mtcf.ipynb #0dc0a7a1
 @register("mtcf")
 class MTCF(MixMatch):
     "MTCF (Yu et al., ECCV 2020) on MixMatch."
@@ -103,19 +104,6 @@ class MTCF(MixMatch):
         d = (self.labels >= 0).float().to(self.device)
         self.memory = {"d": d, "latest": d.clone(), "kept": d.repeat(self.config.ring, 1)}
 
-    @property
-    def joint(self) -> bool: return self.epoch >= self.config.pre_epochs
-
-    @property
-    def weight(self): # counted from the start of the joint training
-        before = self.config.pre_epochs / self.config.epochs
-        risen = (self.done - before) / (1 - before)
-        return self.config.lambda_u * (min(1., risen / self.config.ramp) if self.config.ramp else 1.)
-
-    @property
-    def threshold(self) -> float: # of the curriculum
-        return select(self.memory["d"], (self.labels < 0).nonzero()[:, 0])[1]
-
     def streams(self):
         streams = {"everything": Stream(torch.arange(len(self.labels)), self.config.batch_size)}
         if not self.joint: return streams
@@ -123,10 +111,6 @@ class MTCF(MixMatch):
         if self.config.include_labelled: chosen = torch.cat([chosen, self.labelled]).sort().values
         mixed = super().streams()
         return streams | mixed | {"unlabelled": replace(mixed["unlabelled"], items=chosen)}
-
-    def familiarity(self, model: nn.Module, x: Tensor) -> Tensor: # logits of s [B]
-        h, = self.features(x, model=model)
-        return model.extra["familiar"](h)[:, 0]
 
     def loss(self, batch):
         everything, zero = batch["everything"], torch.zeros((), device=self.device)
@@ -138,16 +122,40 @@ class MTCF(MixMatch):
         mixed = super().loss(batch) if self.joint else {"loss": zero, "L_x": zero, "L_u": zero}
         return mixed | {"loss": L_d + mixed["loss"], "L_d": L_d}
 
-    def after_epoch(self):
-        m = self.memory
-        m["kept"][self.epoch % self.config.ring] = m["latest"]
-        m["d"] = corrected_labels(m["d"], m["kept"], self.epoch + 1, self.labelled.to(self.device))
-        return {"threshold": self.threshold}
+# %% ../../nbs/baselines/16_mtcf.ipynb #6a921a0f
+@patch(as_prop=True)
+def joint(self: MTCF) -> bool: return self.epoch >= self.config.pre_epochs
 
-    def answer(self, model, x):
-        h, = self.features(x, model=model)
-        f, a = model.closed_head(h), model.extra["familiar"](h)[:, 0]
-        if model.training: return f, None
-        return f, familiar_or_other(
-            f, a, 0.5 if self.config.cut == "half" else otsu(unlabelled_scores(self, self.familiarity).sigmoid())
-        )
+@patch(as_prop=True)
+def weight(self: MTCF): # counted from the start of the joint training
+    before = self.config.pre_epochs / self.config.epochs
+    risen = (self.done - before) / (1 - before)
+    return self.config.lambda_u * (min(1., risen / self.config.ramp) if self.config.ramp else 1.)
+
+# %% ../../nbs/baselines/16_mtcf.ipynb #7b8c4921
+@patch
+def familiarity(self: MTCF, model: nn.Module, x: Tensor) -> Tensor: # logits of s [B]
+    h, = self.features(x, model=model)
+    return model.extra["familiar"](h)[:, 0]
+
+@patch(as_prop=True)
+def threshold(self: MTCF) -> float: # of the curriculum
+    return select(self.memory["d"], (self.labels < 0).nonzero()[:, 0])[1]
+
+# %% ../../nbs/baselines/16_mtcf.ipynb #8365042d
+@patch
+def after_epoch(self: MTCF):
+    m = self.memory
+    m["kept"][self.epoch % self.config.ring] = m["latest"]
+    m["d"] = corrected_labels(m["d"], m["kept"], self.epoch + 1, self.labelled.to(self.device))
+    return {"threshold": self.threshold}
+
+# %% ../../nbs/baselines/16_mtcf.ipynb #9ce6bfa4
+@patch
+def answer(self: MTCF, model, x):
+    h, = self.features(x, model=model)
+    f, a = model.closed_head(h), model.extra["familiar"](h)[:, 0]
+    if model.training: return f, None
+    return f, familiar_or_other(
+        f, a, 0.5 if self.config.cut == "half" else otsu(unlabelled_scores(self, self.familiarity).sigmoid())
+    )

@@ -32,11 +32,11 @@ class OracleConfig(TrainConfig):
 
 # %% ../../nbs/baselines/18_oracles.ipynb #bff6dfef
 def real_pairs(pairs: PairSet, # generated
-               images: Tensor, # the seeds, uint8 [N, 3, H, W]
+               images: Tensor, # the seed images, uint8 [N, 3, H, W]
                truth: Tensor, # their classes: 0..K-1, anything else is none of them [N]
-               positives: float = 1., negatives: float = 1., # shares to be replaced
+               positives: float = 1., negatives: float = 1., # fractions to be replaced
                seed: int = 0) -> PairSet:
-    "Pairs with real images in them. ValueError if no seed shows some class."
+    "Pairs with real images in them. ValueError if no seed image shows some class."
     g = torch.Generator().manual_seed(seed)
     new_positives, new_negatives = pairs.positives.clone(), pairs.negatives.clone()
     for k, name in enumerate(pairs.classes):
@@ -47,8 +47,8 @@ def real_pairs(pairs: PairSet, # generated
                 f"{len(others)} among {len(truth)} seeds."
             )
         drawn = lambda among: among[torch.randint(len(among), (len(truth),), generator=g)]
-        lot = lambda share: torch.rand(len(truth), generator=g) < share
-        p, n = lot(positives), lot(negatives)
+        replaced = lambda fraction: torch.rand(len(truth), generator=g) < fraction
+        p, n = replaced(positives), replaced(negatives)
         new_positives[p, k] = images[drawn(shows)][p]
         new_negatives[n, k] = images[torch.where(truth == k, drawn(others), torch.arange(len(truth)))][n]
     return PairSet(new_positives, new_negatives, pairs.classes)

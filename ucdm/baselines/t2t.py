@@ -118,7 +118,7 @@ class T2TConfig(SSLConfig):
     threshold: Fraction = 0.8 # confidence from which an image counts in L_cc
     temperature: Annotated[float, Interval(ge=1e-3, le=1)] = 0.4 # that sharpens its target
 
-# %% ../../nbs/baselines/17_t2t.ipynb #40a2e653
+# %% ../../nbs/baselines/17_t2t.ipynb #6ca71d2c
 @register("t2t")
 class T2T(Learner):
     "T2T (Huang et al., ICCV 2021). `ValueError` for fewer than 3 known classes."
@@ -135,91 +135,100 @@ class T2T(Learner):
     def setup(self): self.memory["chosen"] = torch.zeros(len(self.labels))
 
     @property
-    def second(self) -> bool: return self.epoch >= self.config.stage_1 * self.config.epochs - 1e-6
-
-    @property
-    def stage_2(self) -> float: # 0 in the first stage, then 0 to 1
-        "The part of the second stage that is over."
-        first = self.config.stage_1
-        return max(0., (self.done - first) / (1 - first)) if first < 1 else 0.
-
-    @property
-    def alpha(self) -> float: return min(1., self.stage_2 / self.config.ramp) if self.config.ramp else 1.
-
-    def rate(self, done):
-        c = self.config
-        if not self.second: return .2**sum(done >= part * c.stage_1 for part in (.3, .6, .8))
-        return c.lr_2 / c.lr * math.cos(7 / 16 * math.pi * self.stage_2)
-
-    def match(self, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]: # f [B, K], logits of m [B]
-        "Closed-set logits of normalised images, and how well they match the class they are taken for."
-        h, = self.features(x, model=model)
-        f = model.closed_head(h)
-        return f, model.extra["matching"](h, f.argmax(1))
-
-    @property
-    def matches(self) -> Tensor: # m [N]
-        "How well the images of the unlabelled set match the classes they are taken for."
-        return unlabelled_scores(self, lambda model, x: self.match(model, x)[1]).sigmoid()
-
-    def streams(self):
-        c = self.config
-        streams = {
-            "labelled": Stream(self.labelled, c.batch_size),
-            "turned": Stream(torch.arange(len(self.labels)), c.batch_size),
-        }
-        if not self.second: return streams
-        due = math.floor(self.stage_2 * c.selections + 1e-6)
-        if self.notes.get("selection", -1) < due:
-            self.notes["selection"], self.memory["chosen"] = due, (self.matches > otsu(self.matches)).float()
-        chosen = self.memory["chosen"][self.unlabelled] > 0
-        return streams | {"unlabelled": Stream(self.unlabelled[chosen], c.ratio * c.batch_size, ("weak", "strong"))}
-
-    def loss(self, batch):
-        c, x, matching, zero = (
-            self.config,
-            batch["labelled"],
-            self.model.extra["matching"],
-            torch.zeros((), device=self.device),
-        )
-        h_x, *h_u = self.features(*x.views, *(batch["unlabelled"].views if "unlabelled" in batch else ()))
-        f_x = self.model.closed_head(h_x)
-        labels = torch.cat([x.y, *other_labels(f_x, x.y, self.rng("easy negatives"))])
-        L_x, L_cm_l = F.cross_entropy(f_x, x.y), labelled_matching_loss(matching(h_x.repeat(3, 1), labels))
-
-        turned, r = rotations(batch["turned"].views[0])
-        h_r, = self.features(turned)
-        L_rot = F.cross_entropy(self.model.extra["rotation"](h_r), r)
-
-        L_cm_u = L_cc = mask = zero
-        if self.second:
-            h = h_r[r == 0]
-            taken_for = self.model.closed_head(h).detach().argmax(1)
-            L_cm_u = binary_entropy(
-                matching(
-                    h.repeat(2, 1),
-                    torch.cat([taken_for, another(taken_for[:, None], self.n_known, self.rng("random labels"))]),
-                )
-            )
-        if h_u: L_cc, mask = sharpened_consistency(*map(self.model.closed_head, h_u), c.threshold, c.temperature)
-        return {
-            "loss": L_x + L_cm_l + L_rot + (self.alpha * (L_cm_u + L_cc) if self.second else 0),
-            "L_x": L_x,
-            "L_cm_l": L_cm_l,
-            "L_rot": L_rot,
-            "L_cm_u": L_cm_u,
-            "L_cc": L_cc,
-            "mask": mask.mean(),
-        }
-
-    def after_epoch(self): return {"chosen": int(self.memory["chosen"].sum())}
-
-    def answer(self, model, x):
-        f, g = self.match(model, x)
-        return f, None if model.training else familiar_or_other(f, g, otsu(self.matches))
-
-    @property
     def other_rules(self): return (*super().other_rules, "matching")
 
-    def decide(self, logits, open_probs, rule):
-        return open_probs if rule == "matching" else with_other(logits, rule, self.notes.get(rule))
+# %% ../../nbs/baselines/17_t2t.ipynb #c08927a2
+@patch(as_prop=True)
+def second(self: T2T) -> bool: return self.epoch >= self.config.stage_1 * self.config.epochs - 1e-6
+
+@patch(as_prop=True)
+def stage_2(self: T2T) -> float: # 0 in the first stage, then 0 to 1
+    "The part of the second stage that is over."
+    first = self.config.stage_1
+    return max(0., (self.done - first) / (1 - first)) if first < 1 else 0.
+
+@patch(as_prop=True)
+def alpha(self: T2T) -> float: return min(1., self.stage_2 / self.config.ramp) if self.config.ramp else 1.
+
+@patch
+def rate(self: T2T, done):
+    c = self.config
+    if not self.second: return .2**sum(done >= part * c.stage_1 for part in (.3, .6, .8))
+    return c.lr_2 / c.lr * math.cos(7 / 16 * math.pi * self.stage_2)
+
+# %% ../../nbs/baselines/17_t2t.ipynb #9ac5a073
+@patch
+def match(self: T2T, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]: # f [B, K], logits of m [B]
+    "Closed-set logits of normalised images, and how well they match the class they are taken for."
+    h, = self.features(x, model=model)
+    f = model.closed_head(h)
+    return f, model.extra["matching"](h, f.argmax(1))
+
+@patch(as_prop=True)
+def matches(self: T2T) -> Tensor: # m [N]
+    "How well the images of the unlabelled set match the classes they are taken for."
+    return unlabelled_scores(self, lambda model, x: self.match(model, x)[1]).sigmoid()
+
+# %% ../../nbs/baselines/17_t2t.ipynb #ed9f6035
+@patch
+def streams(self: T2T):
+    c = self.config
+    everything = torch.arange(len(self.labels))
+    streams = {"labelled": Stream(self.labelled, c.batch_size), "turned": Stream(everything, c.batch_size)}
+    if not self.second: return streams
+    due = math.floor(self.stage_2 * c.selections + 1e-6)
+    if self.notes.get("selection", -1) < due:
+        self.notes["selection"], self.memory["chosen"] = due, (self.matches > otsu(self.matches)).float()
+    chosen = self.memory["chosen"][self.unlabelled] > 0
+    return streams | {"unlabelled": Stream(self.unlabelled[chosen], c.ratio * c.batch_size, ("weak", "strong"))}
+
+@patch
+def after_epoch(self: T2T): return {"chosen": int(self.memory["chosen"].sum())}
+
+# %% ../../nbs/baselines/17_t2t.ipynb #59b0a7e8
+@patch
+def labelled_terms(self: T2T, h_x: Tensor, # features [B, F]
+                   y: Tensor, # labels [B]
+                  ) -> tuple[Tensor, Tensor]: # scalars
+    "L_x and L_cm^l."
+    f_x = self.model.closed_head(h_x)
+    labels = torch.cat([y, *other_labels(f_x, y, self.rng("easy negatives"))])
+    g = self.model.extra["matching"](h_x.repeat(3, 1), labels)
+    return F.cross_entropy(f_x, y), labelled_matching_loss(g)
+
+# %% ../../nbs/baselines/17_t2t.ipynb #3fdefef0
+@patch
+def undecided(self: T2T, h: Tensor, # features [B, F]
+             ) -> Tensor: # scalar
+    "L_cm^u."
+    taken_for = self.model.closed_head(h).detach().argmax(1)
+    random_labels = another(taken_for[:, None], self.n_known, self.rng("random labels"))
+    return binary_entropy(self.model.extra["matching"](h.repeat(2, 1), torch.cat([taken_for, random_labels])))
+
+# %% ../../nbs/baselines/17_t2t.ipynb #073a1ba8
+@patch
+def loss(self: T2T, batch):
+    c, x = self.config, batch["labelled"]
+    h_x, *h_u = self.features(*x.views, *(batch["unlabelled"].views if "unlabelled" in batch else ()))
+    L_x, L_cm_l = self.labelled_terms(h_x, x.y)
+
+    turned, r = rotations(batch["turned"].views[0])
+    h_r, = self.features(turned)
+    L_rot = F.cross_entropy(self.model.extra["rotation"](h_r), r)
+
+    L_cm_u = L_cc = mask = torch.zeros((), device=self.device)
+    if self.second: L_cm_u = self.undecided(h_r[r == 0])
+    if h_u: L_cc, mask = sharpened_consistency(*map(self.model.closed_head, h_u), c.threshold, c.temperature)
+    loss = L_x + L_cm_l + L_rot + (self.alpha * (L_cm_u + L_cc) if self.second else 0)
+    terms = {"L_x": L_x, "L_cm_l": L_cm_l, "L_rot": L_rot, "L_cm_u": L_cm_u, "L_cc": L_cc}
+    return {"loss": loss} | terms | {"mask": mask.mean()}
+
+# %% ../../nbs/baselines/17_t2t.ipynb #84ba740a
+@patch
+def answer(self: T2T, model, x):
+    f, g = self.match(model, x)
+    return f, None if model.training else familiar_or_other(f, g, otsu(self.matches))
+
+@patch
+def decide(self: T2T, logits, open_probs, rule):
+    return open_probs if rule == "matching" else with_other(logits, rule, self.notes.get(rule))
