@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from annotated_types import Interval
+from fastcore.basics import patch
 from torch import Tensor
 
 from .batches import Drawn, Stream
@@ -30,12 +31,12 @@ def sharpen(p: Tensor, # probabilities [B, K]
 # %% ../../nbs/baselines/10_mixmatch.ipynb #a27b9b08
 def blend(images: Tensor, # [N, 3, H, W], floats
           targets: Tensor, # probabilities [N, K]
-          share: Tensor, # lambda of each image [N]
+          weight: Tensor, # lambda of each image [N]
           partner: Tensor, # pi: whom it is blended with [N]
          ) -> tuple[Tensor, Tensor]: # images and targets, blended
     "MixUp with given mixing weights and partners."
-    s = share.view(-1, 1, 1, 1)
-    return s * images + (1 - s) * images[partner], share[:, None] * targets + (1 - share[:, None]) * targets[partner]
+    w = weight.view(-1, 1, 1, 1)
+    return w * images + (1 - w) * images[partner], weight[:, None] * targets + (1 - weight[:, None]) * targets[partner]
 
 # %% ../../nbs/baselines/10_mixmatch.ipynb #1be70a2d
 def mixing_weights(n: int, # images
@@ -70,7 +71,7 @@ class MixMatchConfig(SSLConfig):
     lambda_u: Weight = 75. # weight of the unlabelled loss when fully risen
     ramp: Fraction = 1. # part of the training in which it rises
 
-# %% ../../nbs/baselines/10_mixmatch.ipynb #bf5446d5
+# %% ../../nbs/baselines/10_mixmatch.ipynb #5dc23478
 @register("mixmatch")
 class MixMatch(Learner):
     "MixMatch (Berthelot et al., NeurIPS 2019)."
@@ -83,35 +84,37 @@ class MixMatch(Learner):
             "unlabelled": Stream(self.unlabelled, c.ratio * c.batch_size, ("weak", "weak")),
         }
 
-    @torch.no_grad()
-    def guess(self, views: tuple[Tensor, ...]) -> Tensor: # [B, K]
-        """Sharpened mean prediction for several views of the same images; batch norm uses their statistics, as in
-        training.
-        """
-        return sharpen(
-            torch.stack([self.model.closed_head(h).softmax(1) for h in self.features(*views)]).mean(0),
-            self.config.temperature,
-        )
+# %% ../../nbs/baselines/10_mixmatch.ipynb #7cb8cd55
+@patch
+@torch.no_grad()
+def guess(self: MixMatch, views: tuple[Tensor, ...]) -> Tensor: # [B, K]
+    """Sharpened mean prediction for several views of the same images; batch norm uses their statistics, as in
+    training.
+    """
+    p = torch.stack([self.model.closed_head(h).softmax(1) for h in self.features(*views)])
+    return sharpen(p.mean(0), self.config.temperature)
 
-    def blends(
-        self, x: Drawn, u: Drawn
-    ) -> tuple[Tensor, Tensor]: # images [N, 3, H, W] and targets [N, K], labelled ones first
-        "All images of a batch with (soft) labels, each blended with another."
-        targets = torch.cat([F.one_hot(x.y, self.n_known).float(), *[self.guess(u.views)] * len(u.views)])
-        share, partner = (
-            mixing_weights(len(targets), self.config.alpha, self.rng("share")),
-            torch.randperm(len(targets), generator=self.rng("partner")),
-        )
-        return blend(torch.cat([*x.views, *u.views]), targets, share.to(self.device), partner.to(self.device))
+# %% ../../nbs/baselines/10_mixmatch.ipynb #7507927a
+@patch
+def blends(self: MixMatch, x: Drawn, # labelled
+           u: Drawn, # unlabelled
+          ) -> tuple[Tensor, Tensor]: # images [N, 3, H, W] and targets [N, K], labelled ones first
+    "All images of a batch with (soft) labels, each blended with another."
+    targets = torch.cat([F.one_hot(x.y, self.n_known).float(), *[self.guess(u.views)] * len(u.views)])
+    weight = mixing_weights(len(targets), self.config.alpha, self.rng("share"))
+    partner = torch.randperm(len(targets), generator=self.rng("partner"))
+    return blend(torch.cat([*x.views, *u.views]), targets, weight.to(self.device), partner.to(self.device))
 
-    @property
-    def weight(self) -> float:
-        "lambda_u(t)."
-        return self.config.lambda_u * (min(1., self.done / self.config.ramp) if self.config.ramp else 1.)
+# %% ../../nbs/baselines/10_mixmatch.ipynb #18b5c925
+@patch(as_prop=True)
+def weight(self: MixMatch) -> float:
+    "lambda_u(t)."
+    return self.config.lambda_u * (min(1., self.done / self.config.ramp) if self.config.ramp else 1.)
 
-    def loss(self, batch):
-        x, u = batch["labelled"], batch["unlabelled"]
-        images, targets = self.blends(x, u)
-        h, = self.features(images)
-        L_x, L_u = mixmatch_loss(self.model.closed_head(h), targets, len(x.y))
-        return {"loss": L_x + self.weight * L_u, "L_x": L_x, "L_u": L_u}
+@patch
+def loss(self: MixMatch, batch):
+    x, u = batch["labelled"], batch["unlabelled"]
+    images, targets = self.blends(x, u)
+    h, = self.features(images)
+    L_x, L_u = mixmatch_loss(self.model.closed_head(h), targets, len(x.y))
+    return {"loss": L_x + self.weight * L_u, "L_x": L_x, "L_u": L_u}

@@ -53,10 +53,8 @@ def familiar_or_other(f: Tensor, # closed-set logits [B, K]
                       threshold: float, # tau_s, between 0 and 1
                      ) -> Tensor: # probabilities [B, K + 1]
     'K + 1 probabilities; the last, "other", is largest exactly where s is below the threshold.'
-    log_p, cut = (
-        f.log_softmax(1),
-        torch.as_tensor(threshold, dtype=f.dtype, device=f.device).clamp(1e-6, 1 - 1e-6).logit(),
-    )
+    log_p = f.log_softmax(1)
+    cut = torch.as_tensor(threshold, dtype=f.dtype, device=f.device).clamp(1e-6, 1 - 1e-6).logit()
     return torch.cat([log_p, (log_p.amax(1) + cut - a)[:, None]], 1).softmax(1)
 
 # %% ../../nbs/baselines/16_mtcf.ipynb #0706c876

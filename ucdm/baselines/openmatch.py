@@ -88,7 +88,9 @@ def streams(self: OpenMatch):
 
 # %% ../../nbs/baselines/11_openmatch.ipynb #1249f4e2
 @patch
-def logits(self: OpenMatch, model: nn.Module, h: Tensor) -> tuple[Tensor, Tensor]: # closed-set [B, K] and open-set [B, 2, K]
+def logits(
+    self: OpenMatch, model: nn.Module, h: Tensor
+) -> tuple[Tensor, Tensor]: # closed-set [B, K] and open-set [B, 2, K]
     "The logits of the two heads."
     return model.closed_head(h), model.open_head(h).unflatten(1, (2, self.n_known))
 

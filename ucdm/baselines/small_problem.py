@@ -14,11 +14,13 @@ from ..data.splits import cdm_split, ClassSplit
 from ..runs.mismatch import labelled_seed_images
 
 # %% ../../nbs/baselines/03_small_problem.ipynb #72f61f63
-def small_problem(per_class: int|None=10, # labels of each known class; None: all
-                n_seeds: int=600, # images in the unlabelled set
-                n_test: int=150, # test images of each group
-                mismatch: float=0.6, # fraction of unknown-class images in the unlabelled set
-               ) -> tuple[ImageSet, Tensor, dict]: # unlabelled set, true labels 0..K (which no method sees), test groups
+def small_problem(
+    per_class: int | None = 10, # labels of each known class; None: all
+    n_seeds: int = 600, # images in the unlabelled set
+    n_test: int = 150, # test images of each group
+    mismatch: float = 0.6, # fraction of unknown-class images in the unlabelled set
+    # unlabelled set, true labels 0..K (which no method sees), test groups
+) -> tuple[ImageSet, Tensor, dict]:
     "A small unlabelled set of Fashion-MNIST with K = 3 known classes, to show the methods at work."
     images, test = load_dataset("fashion-mnist"), load_dataset("fashion-mnist", "test")
     classes = ClassSplit.from_names(
