@@ -71,6 +71,6 @@ def test_what_cannot_be(tmp_path):
         run(RunSpec(method="fixmatch", n_seeds=40, n_test=12), tmp_path, progress=False)
     with pytest.raises(ValueError, match="did you mean 'threshold'"):
         run(RunSpec(method="fixmatch", train=dict(treshold=0.9)), tmp_path)
-    with pytest.raises(ValueError, match="FixMatchConfig.threshold must be between 0 and 1"):
+    with pytest.raises(ValueError, match="settings of fixmatch: threshold must be less than or equal to 1, got 95"):
         run(RunSpec(method="fixmatch", train=dict(threshold=95)), tmp_path)
     assert get_method("fixmatch") is METHODS["fixmatch"]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KEEP', 'TEST_BATCH', 'check_unlabelled_set', 'ema_update', 'make_optimizer', 'Learner', 'answers']
 
-# %% ../../nbs/baselines/05_learner.ipynb #253e3018
+# %% ../../nbs/baselines/05_learner.ipynb #64346c76
 import copy
 from collections.abc import Callable
 
@@ -24,7 +24,7 @@ from ..method.classifier import _check_images
 from ..method.train_config import PRECISIONS
 from ..method.wideresnet import batch_norm_mode, normalise, WideResNet
 
-# %% ../../nbs/baselines/05_learner.ipynb #df1e017e
+# %% ../../nbs/baselines/05_learner.ipynb #04cd67dd
 def check_unlabelled_set(unlabelled_set: ImageSet):
     "ValueError unless every class of an unlabelled set has a labelled image and its images are RGB bytes."
     _check_images(unlabelled_set.images, "the unlabelled set's images")
@@ -34,7 +34,7 @@ def check_unlabelled_set(unlabelled_set: ImageSet):
             "known class"
         )
 
-# %% ../../nbs/baselines/05_learner.ipynb #9a03e561
+# %% ../../nbs/baselines/05_learner.ipynb #d07d59ca
 @torch.no_grad()
 def ema_update(average: nn.Module, # changed in place
                model: nn.Module, # what is averaged
@@ -46,7 +46,7 @@ def ema_update(average: nn.Module, # changed in place
     for a, p in zip(average.parameters(), model.parameters(), strict=True): a.lerp_(p, 1 - decay)
     for a, b in zip(average.buffers(), model.buffers(), strict=True): a.copy_(b)
 
-# %% ../../nbs/baselines/05_learner.ipynb #3dd72a83
+# %% ../../nbs/baselines/05_learner.ipynb #c1d42ffc
 def make_optimizer(model: nn.Module, # what learns
                    c: SSLConfig, # optimizer, lr, weight_decay
                   ) -> torch.optim.Optimizer:
@@ -63,9 +63,8 @@ def make_optimizer(model: nn.Module, # what learns
     }[c.optimizer]
     return kind([g for g in groups if g["params"]], lr=c.lr, fused=params[0].device.type in ("cpu", "cuda"), **extra)
 
-# %% ../../nbs/baselines/05_learner.ipynb #2baf5a4e
+# %% ../../nbs/baselines/05_learner.ipynb #545ef780
 KEEP = 5 # last epochs whose networks are kept
-TEST_BATCH = 32 # images that share their statistics when a test batch is normalised by its own, as in UCDM's code
 
 class Learner:
     """A semi-supervised classifier of K known classes, in training or trained. Methods are subclasses.
@@ -79,17 +78,13 @@ class Learner:
     least_known = 1 # known classes that it needs
 
     def __init__(self,
-                 unlabelled_set: ImageSet, # all images; labels 0..K-1 where they are told, else -1
+                 unlabelled_set: ImageSet, # all images; labels 0..K-1 where they are given, else -1
                  config: SSLConfig|None=None, # settings; default: those of the method
                  device=None, # default: CUDA, MPS or CPU, whichever is there
                 ):
         check_unlabelled_set(unlabelled_set)
-        self.unlabelled_set, self.classes, self.config, self.device = (
-            unlabelled_set,
-            tuple(unlabelled_set.classes),
-            config or self.Config(),
-            best_device(device),
-        )
+        self.unlabelled_set, self.classes = unlabelled_set, tuple(unlabelled_set.classes)
+        self.config, self.device = config or self.Config(), best_device(device)
         self.images, self.labels = unlabelled_set.images.to(self.device), unlabelled_set.labels
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator(self.config.seed, "init").initial_seed())
@@ -102,113 +97,143 @@ class Learner:
         for net in filter(None, (self.model, self.ema)): net.stem.register_forward_pre_hook(self._count)
         self.setup()
 
-    # what a method says
-    def heads(self) -> dict[str, nn.Module]: return {}
-    def auxiliary(self) -> dict[str, nn.Module]: return {}
-    def make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {"main": make_optimizer(self.model, self.config)}
-    def setup(self) -> None: pass
-    def streams(self) -> dict[str, Stream]: return {"labelled": Stream(self.labelled, self.config.batch_size)}
-    def loss(self, batch: dict[str, Drawn]) -> dict[str, Tensor]:
-        raise NotImplementedError(f"{type(self).__name__} has no loss")
-    def after_step(self, batch: dict[str, Drawn], terms: dict[str, Tensor]) -> None: pass
-    def after_epoch(self) -> dict: return {}
-    def rate(self, done: float) -> float: return SCHEDULES[self.config.schedule](done)
+# %% ../../nbs/baselines/05_learner.ipynb #b8c234c4
+@patch
+def network(self: Learner) -> WideResNet:
+    "A new network with the heads of the method."
+    model = WideResNet(self.n_known, self.config.depth, self.config.width)
+    self.n_features = model.n_features # for `heads`
+    model.extra = nn.ModuleDict(self.heads())
+    return model
 
-    def update(self, batch: dict[str, Drawn]) -> dict[str, Tensor]:
-        "One step down the gradient of the loss."
-        terms = self.loss(batch)
-        terms["loss"].backward()
-        self.optimizers["main"].step()
-        self.optimizers["main"].zero_grad(set_to_none=True)
-        return terms
+@patch
+def _count(self: Learner, module, inputs): self.passes += len(inputs[0]) if self._counting else 0
 
-    def answer(self, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor|None]:
-        "Closed-set logits [B, K] of normalised images, and probabilities [B, K + 1] or None."
-        h, = self.features(x, model=model)
-        return model.closed_head(h), None
+@patch(as_prop=True)
+def n_known(self: Learner) -> int: return len(self.classes)
 
-    # what it can use
-    def network(self) -> WideResNet:
-        "A new network with the heads of the method."
-        model = WideResNet(self.n_known, self.config.depth, self.config.width)
-        self.n_features = model.n_features # for `heads`
-        model.extra = nn.ModuleDict(self.heads())
-        return model
+# %% ../../nbs/baselines/05_learner.ipynb #a478d228
+@patch
+def heads(self: Learner) -> dict[str, nn.Module]: return {}
 
-    @property
-    def n_known(self) -> int: return len(self.classes)
-    @property
-    def final(self) -> nn.Module: return self.model if self.ema is None else self.ema
-    @property
-    def labelled(self) -> Tensor: return (self.labels >= 0).nonzero()[:, 0]
-    @property
-    def unlabelled(self) -> Tensor:
-        return torch.arange(len(self.labels)) if self.config.include_labelled else (self.labels < 0).nonzero()[:, 0]
-    @property
-    def other_rules(self) -> tuple[str, ...]: return () if self.open_set else tuple(CONFIDENCES)
+@patch
+def auxiliary(self: Learner) -> dict[str, nn.Module]: return {}
 
-    @property
-    def budget(self) -> tuple[int, int, str]: # spent, in all, unit
-        c = self.config
-        return (
-            (self.steps, c.iterations, "iterations")
-            if c.image_passes is None
-            else (self.passes, c.image_passes, "image passes")
-        )
-    @property
-    def done(self) -> float: # 0 to 1
-        "The part of the training that is over."
-        return min(1., self.budget[0] / self.budget[1])
+@patch
+def make_optimizers(self: Learner) -> dict[str, torch.optim.Optimizer]:
+    return {"main": make_optimizer(self.model, self.config)}
 
-    def autocast(self): # context manager
-        "The precision of the trunk."
-        return torch.autocast(
-            self.device.type, PRECISIONS[self.config.precision], enabled=self.config.precision != "float32"
-        )
+@patch
+def setup(self: Learner) -> None: pass
 
-    def features(self, *views: Tensor, model: nn.Module|None=None) -> tuple[Tensor, ...]: # each float32 [B, F]
-        "Features of several views, from one forward pass."
-        with self.autocast(): return (model or self.model).features(torch.cat(views)).split([len(v) for v in views])
+# %% ../../nbs/baselines/05_learner.ipynb #99666bce
+@patch(as_prop=True)
+def labelled(self: Learner) -> Tensor: # positions in the unlabelled set, int64
+    return (self.labels >= 0).nonzero()[:, 0]
 
-    def rng(self, *purpose: str|int) -> torch.Generator:
-        "A random generator for this purpose and this step alone."
-        return generator(self.config.seed, *purpose, self.epoch, self.steps)
+@patch(as_prop=True)
+def unlabelled(self: Learner) -> Tensor: # positions in the unlabelled set, int64
+    return torch.arange(len(self.labels)) if self.config.include_labelled else (self.labels < 0).nonzero()[:, 0]
 
-    def _count(self, module, inputs): self.passes += len(inputs[0]) if self._counting else 0
+# %% ../../nbs/baselines/05_learner.ipynb #1950b5a7
+@patch(as_prop=True)
+def budget(self: Learner) -> tuple[int, int, str]: # spent, in all, unit
+    c = self.config
+    if c.image_passes is None: return self.steps, c.iterations, "iterations"
+    return self.passes, c.image_passes, "image passes"
 
-    def __repr__(self):
-        return (
-            f"{type(self).__name__}({', '.join(self.classes)}; "
-            f"WideResNet-{self.config.depth}-{self.config.width}; {len(self.labelled)} of {len(self.labels)} "
-            f"images labelled; {self.budget[0]:,} of {self.budget[1]:,} {self.budget[2]})"
-        )
+@patch(as_prop=True)
+def done(self: Learner) -> float: # 0 to 1
+    "The part of the training that is over."
+    return min(1., self.budget[0] / self.budget[1])
 
-# %% ../../nbs/baselines/05_learner.ipynb #74c52e78
-def answers(
-    learner: Learner,
-    images: Tensor, # uint8 [N, 3, H, W]
-    # of a network and normalised images, gives a tuple of tensors [B, ...] (or None); default:
-    # `learner.answer`
-    function: Callable | None = None,
-    batch_norm: str = "running", # or "batch": the statistics of each batch of TEST_BATCH
-    batch_size: int = 256, # images a pass with running statistics
-    # of all images, on the CPU; by default logits [N, K] and probabilities [N, K + 1] or None
-) -> tuple[Tensor | None, ...]:
-    "What the final network says about images, without augmentation and without a gradient."
+# %% ../../nbs/baselines/05_learner.ipynb #c19cf864
+@patch
+def __repr__(self: Learner):
+    return (
+        f"{type(self).__name__}({', '.join(self.classes)}; "
+        f"WideResNet-{self.config.depth}-{self.config.width}; {len(self.labelled)} of {len(self.labels)} "
+        f"images labelled; {self.budget[0]:,} of {self.budget[1]:,} {self.budget[2]})"
+    )
+
+# %% ../../nbs/baselines/05_learner.ipynb #fb8a2dd9
+@patch
+def autocast(self: Learner): # context manager
+    "The precision of the trunk."
+    precision = self.config.precision
+    return torch.autocast(self.device.type, PRECISIONS[precision], enabled=precision != "float32")
+
+@patch
+def features(self: Learner, *views: Tensor, model: nn.Module|None=None) -> tuple[Tensor, ...]: # each float32 [B, F]
+    "Features of several views, from one forward pass."
+    with self.autocast(): return (model or self.model).features(torch.cat(views)).split([len(v) for v in views])
+
+# %% ../../nbs/baselines/05_learner.ipynb #15f5df2b
+@patch
+def rng(self: Learner, *purpose: str|int) -> torch.Generator:
+    "A random generator for this purpose and this step alone."
+    return generator(self.config.seed, *purpose, self.epoch, self.steps)
+
+# %% ../../nbs/baselines/05_learner.ipynb #62973cc6
+@patch
+def streams(self: Learner) -> dict[str, Stream]: return {"labelled": Stream(self.labelled, self.config.batch_size)}
+
+@patch
+def loss(self: Learner, batch: dict[str, Drawn]) -> dict[str, Tensor]:
+    raise NotImplementedError(f"{type(self).__name__} has no loss")
+
+@patch
+def rate(self: Learner, done: float) -> float: return SCHEDULES[self.config.schedule](done)
+
+# %% ../../nbs/baselines/05_learner.ipynb #ce9c65d2
+@patch
+def update(self: Learner, batch: dict[str, Drawn]) -> dict[str, Tensor]:
+    "One step down the gradient of the loss."
+    terms = self.loss(batch)
+    terms["loss"].backward()
+    self.optimizers["main"].step()
+    self.optimizers["main"].zero_grad(set_to_none=True)
+    return terms
+
+# %% ../../nbs/baselines/05_learner.ipynb #47031fce
+@patch
+def after_step(self: Learner, batch: dict[str, Drawn], terms: dict[str, Tensor]) -> None: pass
+
+@patch
+def after_epoch(self: Learner) -> dict: return {}
+
+# %% ../../nbs/baselines/05_learner.ipynb #c6f7c7b7
+@patch(as_prop=True)
+def final(self: Learner) -> nn.Module: return self.model if self.ema is None else self.ema
+
+@patch
+def answer(self: Learner, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor|None]:
+    "Closed-set logits [B, K] of normalised images, and probabilities [B, K + 1] or None."
+    h, = self.features(x, model=model)
+    return model.closed_head(h), None
+
+# %% ../../nbs/baselines/05_learner.ipynb #de0b9d56
+TEST_BATCH = 32 # images that share their statistics when a test batch is normalised by its own, as in UCDM's code
+
+def answers(learner: Learner,
+            images: Tensor, # uint8 [N, 3, H, W]
+            function: Callable|None=None, # network, normalised images -> tuple of tensors [B, ...] or None; `answer`
+            batch_norm: str="running", # or "batch": the statistics of each batch of TEST_BATCH
+            batch_size: int=256, # images a pass with running statistics
+           ) -> tuple[Tensor|None, ...]: # of all images, on the CPU; by default logits [N, K] and [N, K + 1] or None
+    "What the final network answers for images, without augmentation and without a gradient."
     _check_images(images)
-    outs = []
+    outs, function = [], function or learner.answer
     with torch.no_grad(), batch_norm_mode(learner.final, batch_norm):
         for x in images.split(batch_size if batch_norm == "running" else TEST_BATCH):
-            outs.append(
-                [
-                    None if t is None else t.float().cpu()
-                    for t in (function or learner.answer)(learner.final, normalise(x.to(learner.device)))
-                ]
-            )
+            found = function(learner.final, normalise(x.to(learner.device)))
+            outs.append([None if t is None else t.float().cpu() for t in found])
     return tuple(None if ts[0] is None else torch.cat(ts) for ts in zip(*outs))
 
-# %% ../../nbs/baselines/05_learner.ipynb #b6536f41
+# %% ../../nbs/baselines/05_learner.ipynb #a923a0d4
+@patch(as_prop=True)
+def other_rules(self: Learner) -> tuple[str, ...]: return () if self.open_set else tuple(CONFIDENCES)
+
 @patch
 def decide(self: Learner, logits: Tensor, open_probs: Tensor|None, # what `answers` gives
            rule: str, # for "other", if the method has none of its own
@@ -216,7 +241,7 @@ def decide(self: Learner, logits: Tensor, open_probs: Tensor|None, # what `answe
     "Open-set probabilities."
     return with_other(logits, rule, self.notes.get(rule)) if open_probs is None else open_probs
 
-# %% ../../nbs/baselines/05_learner.ipynb #8d2433e0
+# %% ../../nbs/baselines/05_learner.ipynb #348c24bb
 @patch
 def predict(self: Learner,
             images: Tensor, # uint8 [N, 3, H, W]
@@ -229,7 +254,7 @@ def predict(self: Learner,
     logits, open_probs = answers(self, images, batch_norm=batch_norm)
     return logits.softmax(1), self.decide(logits, open_probs, other or self.config.other)
 
-# %% ../../nbs/baselines/05_learner.ipynb #27ca13c1
+# %% ../../nbs/baselines/05_learner.ipynb #5e17dc9a
 @patch
 def predict_by_rule(self: Learner,
                     images: Tensor, # uint8 [N, 3, H, W]

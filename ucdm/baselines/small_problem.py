@@ -14,12 +14,14 @@ from ..data.splits import cdm_split, ClassSplit
 from ..runs.mismatch import labelled_seed_images
 
 # %% ../../nbs/baselines/03_small_problem.ipynb #72f61f63
-def small_problem(per_class: int|None=10, # labels of each known class; None: all
-                n_seeds: int=600, # images in the unlabelled set
-                n_test: int=150, # test images of each group
-                mismatch: float=0.6, # share of unknown-class images in the unlabelled set
-               ) -> tuple[ImageSet, Tensor, dict]: # pile, true labels 0..K (which no method sees), test groups
-    "A small pile of Fashion-MNIST with K = 3 known classes, to show the methods at work."
+def small_problem(
+    per_class: int | None = 10, # labels of each known class; None: all
+    n_seeds: int = 600, # images in the unlabelled set
+    n_test: int = 150, # test images of each group
+    mismatch: float = 0.6, # fraction of unknown-class images in the unlabelled set
+    # unlabelled set, true labels 0..K (which no method sees), test groups
+) -> tuple[ImageSet, Tensor, dict]:
+    "A small unlabelled set of Fashion-MNIST with K = 3 known classes, to show the methods at work."
     images, test = load_dataset("fashion-mnist"), load_dataset("fashion-mnist", "test")
     classes = ClassSplit.from_names(
         images.classes,
@@ -30,5 +32,5 @@ def small_problem(per_class: int|None=10, # labels of each known class; None: al
     split = cdm_split((images, test), mismatch, class_split=classes, n_seeds=n_seeds, n_test=n_test)
     return labelled_seed_images(split, images, per_class), split.true_labels(images), split.test(test)
 
-# settings for it
+# %% ../../nbs/baselines/03_small_problem.ipynb #9f020053
 SMALL = dict(depth=10, width=1, iterations=150, epochs=6, batch_size=16, ratio=2, lr=0.1, labels_per_class=10, ema=0.98)
