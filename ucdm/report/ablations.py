@@ -10,6 +10,7 @@ __all__ = ['METRICS', 'SPAN', 'ONE_SEED', 'vary', 'run_variants', 'variants_fram
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -19,6 +20,7 @@ from .claims import Check, every, is_higher
 from .intervals import draw_interval, mean_text, PLUS_MINUS, spread
 from .style import METRIC_LABELS
 from .tables import best_two, Table
+from ..runs.engine import Engine, LocalEngine
 from ..runs.many import finished, run_many
 from ..runs.result import RunResult
 from ..runs.spec import RunSpec
@@ -36,23 +38,24 @@ def vary(base: RunSpec, # what all variants have in common
 def run_variants(base: RunSpec, variants: Mapping[str, Mapping], # name -> overrides
                  run_seeds: Sequence[int] = (0,),
                  finished_only: bool = False, # compute nothing, take the runs that are there
-                 **kwargs # for `run_many`
-                ) -> dict[str, list[RunResult]]: # name -> a result a seed
-    """Run every variant with every seed.
+                 cache: str | Path | None = None, # folder of results and pairs
+                 engine: Engine = LocalEngine(), # who computes
+                ) -> dict[str, list[RunResult]]: # name -> a result a random seed
+    """Run every variant with every random seed.
 
     RunsFailed, after all were tried, if some could not be computed; ValueError for a variant without a finished run, if
     nothing is to be computed.
     """
     specs = {name: [replace(vary(base, overrides), seed=s) for s in run_seeds] for name, overrides in variants.items()}
     if finished_only:
-        there = finished(sum(specs.values(), []), kwargs.get("cache"))
+        there = finished(sum(specs.values(), []), cache)
         specs = {name: [s for s in own if s in there] for name, own in specs.items()}
         if lacking := [name for name, own in specs.items() if not own]:
             raise ValueError(
                 f"nothing is finished yet of {', '.join(lacking)}: compute a run of each first, with "
                 "finished_only=False and one seed."
             )
-    results = iter(run_many(sum(specs.values(), []), **kwargs))
+    results = iter(run_many(sum(specs.values(), []), cache, engine))
     return {name: [next(results) for _ in own] for name, own in specs.items()}
 
 # %% ../../nbs/report/08_ablations.ipynb #ab59b91c

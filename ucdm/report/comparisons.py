@@ -20,6 +20,7 @@ from .paper import PAPER_TABLES
 from .style import DATASET_LABELS, GROUP_COLOURS, label_ends, METHOD_COLOURS, METHOD_LABELS, METRIC_LABELS
 from .tables import Table
 from ..runs.budget import equal_passes
+from ..runs.engine import Engine, LocalEngine
 from ..runs.many import finished, run_many
 from ..runs.registry import get_method
 from ..runs.result import RunResult
@@ -81,7 +82,8 @@ def compare(base: RunSpec, methods: Sequence[str],
             settings: Mapping[str, Mapping], # see `method_specs`
             image_passes: int | None, # of each compared method, see `ucdm.runs.budget.equal_passes`
             finished_only: bool, # compute nothing, take the runs that are there
-            cache: str, jobs: int = 1, **axes: Sequence # see `method_specs`
+            cache: str, engine: Engine = LocalEngine(), # who computes
+            **axes: Sequence # see `method_specs`
            ) -> tuple[list[RunResult], dict[str, str]]: # results, and the methods without any, with the reason
     """All runs of a comparison with one budget, computed or read.
 
@@ -95,7 +97,7 @@ def compare(base: RunSpec, methods: Sequence[str],
         left_out |= {
             m: "has no finished run yet" for m in methods if m not in {s.method for s in specs} | set(left_out)
         }
-    return run_many(specs, cache=cache, jobs=jobs), left_out
+    return run_many(specs, cache, engine), left_out
 
 # %% ../../nbs/report/07_comparisons.ipynb #032c6fd4
 OPEN_METRICS = dict(known="known", unknown="unknown", new="new", balance="balance score")
