@@ -18,7 +18,7 @@ import pandas as pd
 from ..core.checked import nearest
 from .claims import Check, every, is_higher
 from .intervals import draw_interval, mean_text, PLUS_MINUS, spread
-from .style import METRIC_LABELS
+from .style import legend_below, METRIC_LABELS
 from .tables import best_two, Table
 from ..runs.engine import Engine, LocalEngine
 from ..runs.many import finished, run_many
@@ -110,6 +110,16 @@ def mean_of_variant(frame: pd.DataFrame, variant: str, metric: str = "balance") 
     "Mean over the seeds."
     return spread(frame[(frame.variant == variant) & (frame.metric == metric)].value.tolist())[0]
 
+# %% ../../nbs/report/08_ablations.ipynb #ed6f061f
+def _signs(frame: pd.DataFrame, colour: str = "#555555", **lines: dict) -> dict[str, dict]: # for `legend_below`
+    signs = {
+        "mean of runs": dict(marker="o", ms=6, color=colour),
+        "one run": dict(marker=".", ms=4, alpha=0.5, color=colour),
+    }
+    if frame.groupby(["variant", "metric"]).size().max() > 2:
+        signs["95 % confidence interval"] = dict(ls="-", lw=0.9, color=colour)
+    return signs | lines
+
 # %% ../../nbs/report/08_ablations.ipynb #4c01da7e
 def variants_figure(
     frame: pd.DataFrame,
@@ -124,7 +134,7 @@ def variants_figure(
     fig, axes = plt.subplots(
         1,
         len(metrics),
-        figsize=(1.6 + (2.6 if len(metrics) < 3 else 1.35) * len(metrics), 0.7 + 0.3 * len(names)),
+        figsize=(1.6 + (2.6 if len(metrics) < 3 else 1.35) * len(metrics), 1.1 + 0.3 * len(names)),
         sharey=True,
         squeeze=False,
     )
@@ -139,7 +149,7 @@ def variants_figure(
         if reference in names:
             ax.axvline(mean_of_variant(frame, reference, metric), color="#0072B2", lw=0.8, ls=":", zorder=0)
         ax.set(
-            title=METRIC_LABELS.get(metric, metric) + (" score" if metric == "balance" else " (%)"),
+            title=METRIC_LABELS.get(metric, metric) + (" score" if metric == "balance" else ""),
             yticks=range(len(names)),
             yticklabels=names,
         )
@@ -149,6 +159,11 @@ def variants_figure(
             ax.set_xlim((low + high - SPAN) / 2, (low + high + SPAN) / 2) # small differences shall look small
         ax.locator_params(axis="x", nbins=3 if len(metrics) > 2 else 5)
     axes[0][0].invert_yaxis()
+    fig.supxlabel("accuracy or score (%)" if "balance" in metrics else "accuracy (%)", fontsize=8)
+    lines = {f"mean of {reference}": dict(ls=":", lw=0.8, color="#0072B2")} if reference in names else {}
+    if any((v, m) in quoted for v in names for m in metrics):
+        lines["as the paper prints it"] = dict(marker="o", ms=7, mfc="white", color="#D55E00")
+    legend_below(fig, _signs(frame, **lines), 3)
     return fig
 
 # %% ../../nbs/report/08_ablations.ipynb #848ca253
@@ -158,7 +173,7 @@ def curve_figure(frame: pd.DataFrame, x: Mapping[str, float], # variant -> posit
                  default: float | None = None, # the paper's setting, marked
                 ) -> plt.Figure:
     "A panel a metric, against a number that the variants differ in."
-    fig, axes = plt.subplots(1, len(metrics), figsize=(1.5 * len(metrics) + 0.6, 2.2), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(metrics), figsize=(1.5 * len(metrics) + 0.6, 2.5), sharey=True, squeeze=False)
     for ax, metric in zip(axes[0], metrics):
         at = frame[frame.metric == metric]
         points = sorted((x[v], spread(g.value.tolist())[0]) for v, g in at.groupby("variant"))
@@ -168,7 +183,9 @@ def curve_figure(frame: pd.DataFrame, x: Mapping[str, float], # variant -> posit
         if default is not None: ax.axvline(default, color="#999999", lw=0.8, ls=":", zorder=0)
         ax.set(title=METRIC_LABELS.get(metric, metric), xlabel=label)
         ax.locator_params(axis="x", nbins=3)
-    axes[0][0].set_ylabel("%")
+    axes[0][0].set_ylabel("accuracy or score (%)" if "balance" in metrics else "accuracy (%)")
+    lines = {} if default is None else {"the paper's setting": dict(ls=":", lw=0.8, color="#999999")}
+    legend_below(fig, _signs(frame, "#0072B2", **lines))
     return fig
 
 # %% ../../nbs/report/08_ablations.ipynb #6ffc10e4

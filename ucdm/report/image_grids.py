@@ -40,7 +40,8 @@ def _down(n_rows: int, breaks: Sequence[int]) -> tuple[list[float], float]: # up
 def _draw_heads(ax: Axes, heads: Sequence[tuple[str, float, float]], y: float) -> None:
     "Headings above the columns, each inside its group."
     def wide(text): return text.get_window_extent().width
-    def room(left, right): return abs(ax.transData.transform((right + 0.9 * _APART, 0)) - ax.transData.transform((left, 0)))[0]
+    def room(left, right):
+        return abs(ax.transData.transform((right + 0.9 * _APART, 0)) - ax.transData.transform((left, 0)))[0]
     style, drawn = dict(ha="center", va="bottom", fontsize=9, fontweight="bold"), []
     for text, left, right in (h for h in heads if h[0]):
         label, space = ax.text((left + right) / 2, y, text, **style), room(left, right)

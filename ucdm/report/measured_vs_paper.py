@@ -46,10 +46,27 @@ class _Columns:
 def _columns(measured: pd.DataFrame, by: str, metrics: Sequence[str]) -> _Columns:
     keys = list(dict.fromkeys(zip(measured.dataset, measured[by])))
     order = sorted if by == "mismatch" else list
-    return _Columns([k for d in dict.fromkeys(d for d, _ in keys) for k in order(k for k in keys if k[0] == d)], by, metrics)
+    return _Columns(
+        [k for d in dict.fromkeys(d for d, _ in keys) for k in order(k for k in keys if k[0] == d)], by, metrics
+    )
 
 # %% ../../nbs/report/09_measured_vs_paper.ipynb #b8a9253d
-FIELDS = ("source", "block", "method", "dataset", "group", "sub", "metric", "mean", "std", "low", "high", "n", "mark", "note")
+FIELDS = (
+    "source",
+    "block",
+    "method",
+    "dataset",
+    "group",
+    "sub",
+    "metric",
+    "mean",
+    "std",
+    "low",
+    "high",
+    "n",
+    "mark",
+    "note",
+)
 
 def _row(source, block, method, dataset, heads, metric, values, n=None, mark="", note="") -> tuple: # as `FIELDS`
     mean, std, count = spread(values)

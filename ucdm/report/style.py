@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHOD_LABELS', 'METHOD_COLOURS', 'GROUP_COLOURS', 'DATASET_LABELS', 'METRIC_LABELS', 'style', 'save_figure',
-           'save_data', 'label_ends']
+           'save_data', 'label_ends', 'legend_below']
 
 # %% ../../nbs/report/02_style.ipynb #c782c9d4
 import io
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.lines import Line2D
 from PIL import Image
 
 from ..core.files import write_atomic
@@ -169,3 +170,13 @@ def label_ends(ax, # finished axes of a finished figure: limits are read, not ch
             color=colour,
             annotation_clip=False,
         )
+
+# %% ../../nbs/report/02_style.ipynb #a2dd19fd
+def legend_below(fig, # a matplotlib figure with constrained layout
+                 signs: dict[str, dict], # what it means -> properties of the line or marker
+                 columns: int = 4, # of the legend
+                ) -> None:
+    "One legend for all panels, below them."
+    handles = [Line2D([], [], label=text, **{"color": "#333333", "ls": ""} | how) for text, how in signs.items()]
+    fig.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)), fontsize=7,
+               handletextpad=0.4, columnspacing=1.2)
