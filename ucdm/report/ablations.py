@@ -18,7 +18,7 @@ import pandas as pd
 from ..core.checked import nearest
 from .claims import Check, every, is_higher
 from .intervals import draw_interval, mean_text, PLUS_MINUS, spread
-from .style import legend_below, METRIC_LABELS
+from .style import legend_above, METRIC_LABELS
 from .tables import best_two, Table
 from ..runs.engine import Engine, LocalEngine
 from ..runs.many import finished, run_many
@@ -111,7 +111,7 @@ def mean_of_variant(frame: pd.DataFrame, variant: str, metric: str = "balance") 
     return spread(frame[(frame.variant == variant) & (frame.metric == metric)].value.tolist())[0]
 
 # %% ../../nbs/report/08_ablations.ipynb #ed6f061f
-def _signs(frame: pd.DataFrame, colour: str = "#555555", **lines: dict) -> dict[str, dict]: # for `legend_below`
+def _signs(frame: pd.DataFrame, colour: str = "#555555", **lines: dict) -> dict[str, dict]: # for `legend_above`
     signs = {
         "mean of runs": dict(marker="o", ms=6, color=colour),
         "one run": dict(marker=".", ms=4, alpha=0.5, color=colour),
@@ -163,7 +163,7 @@ def variants_figure(
     lines = {f"mean of {reference}": dict(ls=":", lw=0.8, color="#0072B2")} if reference in names else {}
     if any((v, m) in quoted for v in names for m in metrics):
         lines["as the paper prints it"] = dict(marker="o", ms=7, mfc="white", color="#D55E00")
-    legend_below(fig, _signs(frame, **lines), 3)
+    legend_above(fig, _signs(frame, **lines), 3)
     return fig
 
 # %% ../../nbs/report/08_ablations.ipynb #848ca253
@@ -185,7 +185,7 @@ def curve_figure(frame: pd.DataFrame, x: Mapping[str, float], # variant -> posit
         ax.locator_params(axis="x", nbins=3)
     axes[0][0].set_ylabel("accuracy or score (%)" if "balance" in metrics else "accuracy (%)")
     lines = {} if default is None else {"the paper's setting": dict(ls=":", lw=0.8, color="#999999")}
-    legend_below(fig, _signs(frame, "#0072B2", **lines))
+    legend_above(fig, _signs(frame, "#0072B2", **lines))
     return fig
 
 # %% ../../nbs/report/08_ablations.ipynb #6ffc10e4

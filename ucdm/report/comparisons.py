@@ -97,7 +97,7 @@ def compare(base: RunSpec, methods: Sequence[str],
         }
     return run_many(specs, cache, engine), left_out
 
-# %% ../../nbs/report/07_comparisons.ipynb #2e42a3bc
+# %% ../../nbs/report/07_comparisons.ipynb #ecaeeb8f
 def compare(base: RunSpec, methods: Sequence[str],
             ours: Mapping, # UCDM's settings; those under "ucdm" in `settings` go before them
             settings: Mapping[str, Mapping], # see `method_specs`

@@ -16,7 +16,7 @@ from .comparisons import mean_of, OPEN_METRICS
 from .intervals import draw_interval, results_frame, RULES, spread
 from .paper import PAPER_TABLES
 from ucdm.report.style import (
-    DATASET_LABELS, GROUP_COLOURS, label_ends, legend_below, METHOD_COLOURS, METHOD_LABELS, METRIC_LABELS
+    DATASET_LABELS, GROUP_COLOURS, label_ends, legend_above, METHOD_COLOURS, METHOD_LABELS, METRIC_LABELS
 )
 from ..runs.result import RunResult
 
@@ -90,12 +90,12 @@ def open_set_figure(results: Sequence[RunResult],
         ax.spines["bottom"].set_bounds(left, right)
     axes[0][0].set_ylabel("accuracy or score (%)" if "balance" in metrics else "accuracy (%)")
     fig.supxlabel(AXES[by], fontsize=plt.rcParams["axes.labelsize"])
-    legend_below(fig, _line_signs(frame, by))
+    legend_above(fig, _line_signs(frame, by))
     label_ends(ax, ends, at=right)
     return fig
 
 # %% ../../nbs/report/12_open_set_figures.ipynb #8d2b068f
-def _line_signs(frame: pd.DataFrame, by: str) -> dict[str, dict]: # for `legend_below`
+def _line_signs(frame: pd.DataFrame, by: str) -> dict[str, dict]: # for `legend_above`
     signs = {"mean of runs": dict(marker="o", ms=4, ls="-", lw=1), "one run": dict(marker=".", ms=3, alpha=0.5)}
     if frame.groupby(["method", by, "metric"]).size().max() > 2:
         signs["95 % confidence interval"] = dict(marker="|", ms=9, mew=0.9)
@@ -157,5 +157,5 @@ def methods_figure(results: Sequence[RunResult], # of one mismatch proportion an
             ax.set_xticks([0, 50, 100])
     for text, method in zip(axes[0][0].get_yticklabels(), order): text.set_color(METHOD_COLOURS.get(method, "#333333"))
     fig.supxlabel("accuracy, or balance score (%)" if n > 1 else "accuracy (%)", fontsize=8)
-    legend_below(fig, _row_signs(results, frame, quoted, metrics), 3 if n > 1 else 2)
+    legend_above(fig, _row_signs(results, frame, quoted, metrics), 3 if n > 1 else 2)
     return fig

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHOD_LABELS', 'METHOD_COLOURS', 'GROUP_COLOURS', 'DATASET_LABELS', 'METRIC_LABELS', 'style', 'save_figure',
-           'save_data', 'label_ends', 'legend_below']
+           'save_data', 'label_ends', 'legend_above']
 
 # %% ../../nbs/report/02_style.ipynb #c782c9d4
 import io
@@ -172,11 +172,11 @@ def label_ends(ax, # finished axes of a finished figure: limits are read, not ch
         )
 
 # %% ../../nbs/report/02_style.ipynb #a2dd19fd
-def legend_below(fig, # a matplotlib figure with constrained layout
+def legend_above(fig, # a matplotlib figure with constrained layout
                  signs: dict[str, dict], # what it means -> properties of the line or marker
                  columns: int = 4, # of the legend
                 ) -> None:
-    "One legend for all panels, below them."
+    "One legend for all panels, above them."
     handles = [Line2D([], [], label=text, **{"color": "#333333", "ls": ""} | how) for text, how in signs.items()]
-    fig.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)), fontsize=7,
+    fig.legend(handles=handles, loc="outside upper center", ncols=min(columns, len(handles)), fontsize=7,
                handletextpad=0.4, columnspacing=1.2)
