@@ -90,7 +90,7 @@ def open_set_figure(results: Sequence[RunResult],
         ax.spines["bottom"].set_bounds(left, right)
     axes[0][0].set_ylabel("accuracy or score (%)" if "balance" in metrics else "accuracy (%)")
     fig.supxlabel(AXES[by], fontsize=plt.rcParams["axes.labelsize"])
-    legend_above(fig, _line_signs(frame, by))
+    legend_above(fig, _line_signs(frame, by), 4 if len(metrics) > 1 else 2)
     label_ends(ax, ends, at=right)
     return fig
 

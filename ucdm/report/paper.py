@@ -196,7 +196,9 @@ def paper_value(
 # %% ../../nbs/report/01_paper.ipynb #703821c9
 ROUNDING = 0.05 + 0.05 * math.sqrt(4 / 3) + 0.05
 
-def recomputed_balance() -> pd.DataFrame: # a row for each printed balance score: printed, recomputed, difference, agrees
+def recomputed_balance() -> (
+    pd.DataFrame
+): # a row for each printed balance score: printed, recomputed, difference, agrees
     "Balance scores of Tables 2-4 and 7-10, recomputed from the accuracies printed beside them."
     wide = (
         PAPER_TABLES[PAPER_TABLES.table.isin([2, 3, 4, 7, 8, 9, 10])]
