@@ -15,9 +15,8 @@ from matplotlib.axes import Axes
 from .comparisons import mean_of, OPEN_METRICS
 from .intervals import draw_interval, results_frame, RULES, spread
 from .paper import PAPER_TABLES
-from ucdm.report.style import (
-    DATASET_LABELS, GROUP_COLOURS, label_ends, legend_above, METHOD_COLOURS, METHOD_LABELS, METRIC_LABELS
-)
+from .style import DATASET_LABELS, GROUP_COLOURS, label_ends, legend_above
+from .style import METHOD_COLOURS, METHOD_LABELS, METRIC_LABELS
 from ..runs.result import RunResult
 
 # %% ../../nbs/report/12_open_set_figures.ipynb #3ecd9b15
