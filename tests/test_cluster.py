@@ -13,7 +13,8 @@ import torch
 from test_reproduce import arguments, notebook, project  # noqa: F401 (a fixture)
 
 from ucdm.data.datasets import load_dataset
-from ucdm.method.generate import BATCH_LIMIT, pair_stores
+from ucdm.method.batch_size import BATCH_LIMIT
+from ucdm.method.generate import pair_stores
 from ucdm.method.pairs import KINDS, PairConfig
 from ucdm.runs.spec import RunSpec, grid
 from ucdm.runs.identity import resolve

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .batches import Drawn, Stream
 from .config import SCHEDULES, SSLConfig
-from ..core.device import best_device
+from ..core.device import default_device
 from ..core.randomness import generator
 from ..data.images import ImageSet
 from ..evaluation.rejection import CONFIDENCES, with_other
@@ -84,7 +84,7 @@ class Learner:
                 ):
         check_unlabelled_set(unlabelled_set)
         self.unlabelled_set, self.classes = unlabelled_set, tuple(unlabelled_set.classes)
-        self.config, self.device = config or self.Config(), best_device(device)
+        self.config, self.device = config or self.Config(), default_device(device)
         self.images, self.labels = unlabelled_set.images.to(self.device), unlabelled_set.labels
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator(self.config.seed, "init").initial_seed())

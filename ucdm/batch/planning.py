@@ -21,7 +21,8 @@ from ..core.batching import AdaptiveBatches
 from ..core.device import is_out_of_memory
 from ..core.progress import human_time
 from ..diffusion.prior import load_prior
-from ..method.generate import evaluations, find_batch_size
+from ..method.batch_size import find_batch_size
+from ..method.generate import evaluations
 from ..method.pair_store import PairStore
 from ..method.train_config import TrainConfig
 from ..method.training import training_rate as measured_training_rate

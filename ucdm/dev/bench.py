@@ -23,15 +23,16 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
-from ..core.device import best_device
+from ..core.device import default_device
 from ..core.randomness import generator, item_noise
 from ..data.datasets import load_dataset
 from ..data.images import ImageSet
 from ..diffusion.prior import load_prior, Prior
 from ..diffusion.stable_diffusion_2 import clip_tokenizer, random_pipeline, SD2_BASE
+from ..method.batch_size import find_batch_size
 from ..method.batches import pair_batch
 from ..method.classifier import UCDM
-from ..method.generate import evaluations, find_batch_size, generate_pairs
+from ..method.generate import evaluations, generate_pairs
 from ..method.losses import pair_loss
 from ..method.pair_store import PairSet
 from ..method.pairs import PairConfig
@@ -175,7 +176,7 @@ class PairItems(Dataset):
 # %% ../../nbs/dev/03_bench.ipynb #a1e8ba26
 def plain_training(pairs: PairSet, batch_size: int = 32, lr: float = 5e-3) -> Iterator[int]: # images of each iteration
     "Train on pairs in float32, over and over."
-    device = best_device()
+    device = default_device()
     net = WideResNet(len(pairs.classes)).to(device, memory_format=torch.contiguous_format).train()
     optimizer = torch.optim.Adam(net.parameters(), lr=lr)
     while True:

@@ -16,8 +16,9 @@ import typer
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..core.device import best_device
-from ..method.pair_store import inspect_store, MappedImages, PairStore, repair_store
+from ..core.device import default_device
+from ..method.mapped_images import MappedImages
+from ..method.pair_store import inspect_store, PairStore, repair_store
 from ..method.pairs import KINDS
 from ..method.train_config import TrainConfig
 from ..method.training import training_rate
@@ -142,7 +143,7 @@ def measure(
             * batch_size
             / training_rate(TrainConfig(batch_size=batch_size), n_classes, iterations=2)["train_images_per_s"]
         )
-        rows[f"training step on {best_device()} (ms)"] = 1e3 * step, ""
+        rows[f"training step on {default_device()} (ms)"] = 1e3 * step, ""
         rows["reading from disk / training step"] = slow / step, "well below 1"
     began = time.perf_counter()
     assert all(inspect_store(s).fine for s in stores.values())

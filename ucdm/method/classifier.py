@@ -13,7 +13,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..core.device import best_device
+from ..core.device import default_device
 from ..core.randomness import generator
 from ..core.tensor_files import read_tensors, write_tensors
 from .labelling import other_driven
@@ -34,7 +34,7 @@ class UCDM:
                  n_seeds: int=0, # number of seed images
                  device=None, # default: CUDA, MPS or CPU, whichever is there
                 ):
-        self.classes, self.config, self.device = tuple(classes), config, best_device(device)
+        self.classes, self.config, self.device = tuple(classes), config, default_device(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator(config.seed, "init").initial_seed())
             self.model = WideResNet(len(self.classes), config.depth, config.width).to(self.device)

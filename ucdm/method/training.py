@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core.device import best_device
+from ..core.device import default_device
 from ..core.randomness import generator
 from .batches import epoch_iterations, forward_pairs, pair_batch, PairBatch, SETS
 from .checkpoint import data_fingerprint, load_checkpoint, save_checkpoint
@@ -202,7 +202,7 @@ def train_ucdm(seeds: Tensor, # unlabelled real images, uint8 [N, 3, 32, 32]
     _check_data(seeds, pairs)
     if checkpoint is not None and Path(checkpoint).is_dir():
         raise ValueError(f"checkpoint {checkpoint} is a folder: give the name of a file")
-    device = best_device(device)
+    device = default_device(device)
     data = TrainData(*(t.to(device) for t in (seeds, pairs.positives, pairs.negatives)))
     fingerprint = data_fingerprint(data, pairs.classes) if checkpoint is not None else ""
     if checkpoint is not None and Path(checkpoint).exists():

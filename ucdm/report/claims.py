@@ -38,13 +38,11 @@ def every(outcomes: Iterable[bool | None]) -> bool | None:
 
 # %% ../../nbs/report/05_claims.ipynb #4f05abc8
 def is_higher(
-    a: pd.Series, # a value a seed, by seed
+    a: pd.Series, # a value a random seed, by seed
     b: pd.Series | float, # the same of something else, or a level
-    # whether the mean of `a` is higher, None if fewer than two seeds are common to both; the standard
-    # error of the difference, or nan
-) -> tuple[bool | None, float]:
-    """Higher by more than the standard error of the difference? Both sides have the same seeds, so the difference is
-    taken seed by seed.
+) -> tuple[bool | None, float]: # is the mean of `a` higher; standard error of the difference, or nan
+    """Higher by more than the standard error of the difference? The difference is taken seed by
+    seed; None if fewer than two seeds are common to both.
     """
     mean, std, n = spread((a - b).tolist())
     error = std / math.sqrt(n) if n else math.nan

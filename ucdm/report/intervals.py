@@ -16,7 +16,7 @@ from matplotlib.transforms import IdentityTransform
 from ..runs.result import RunResult
 
 # %% ../../nbs/report/03_intervals.ipynb #33f76cb8
-# way of testing -> rule by which a closed-set method says "other"
+# protocol of testing -> rule by which a closed-set method says "other"
 RULES = {"running+msp": "confidence", "running+energy": "energy"}
 
 # %% ../../nbs/report/03_intervals.ipynb #e149070e
@@ -103,12 +103,12 @@ class _Bar(LineCollection):
 def draw_interval(ax, values: Sequence[float], # of runs that differ in their seed, or of images
                   at: float, # position on the other axis
                   colour: str = "#555555", vertical: bool = False, alpha: float = 1.0) -> None:
-    """A thin bar: the 95 % confidence interval of the mean.
+    """A thin bar: the 95 % confidence interval of the mean; none for fewer than three values.
 
     The axes stay as wide as they are; a bar that is longer is cut there and ends in an arrow head.
     """
     low, high = mean_interval(values)
-    if math.isnan(low): return
+    if math.isnan(low) or spread(values)[2] < 3: return
     ax.add_collection(
         _Bar(
             [(at, low), (at, high)] if vertical else [(low, at), (high, at)],

@@ -238,7 +238,7 @@ def prior_facts(env, spec: RunSpec, fraction: float) -> tuple[str, int]: # finge
     "What a worker knows of a generator, when it may use this fraction of its machine's memory, or of its GPU's."
     set_up(env, ())
     from ucdm.core.batching import free_memory
-    from ucdm.method.generate import find_batch_size, MEMORY_FRACTION
+    from ucdm.method.batch_size import find_batch_size, MEMORY_FRACTION
     prior = run_prior(spec)
     memory = int(fraction * MEMORY_FRACTION * free_memory(prior.device))
     return prior.fingerprint, find_batch_size(prior, pair_config(spec), memory=memory)
