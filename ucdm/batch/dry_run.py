@@ -6,8 +6,8 @@
 __all__ = ['COSTS', 'Sizes', 'sizes_only', 'StopDryRun', 'DryRun', 'RecordingEngine', 'dry_run']
 
 # %% ../../nbs/batch/09_dry_run.ipynb #b6d2bba9
-import io, json, os, tempfile, warnings
-from collections.abc import Sequence
+import importlib, io, json, os, tempfile, warnings
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager, ExitStack, redirect_stdout
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -25,6 +25,7 @@ from ..data.datasets import IMAGES_PER_CLASS
 from ..method.pair_store import PairSet
 from ..runs.engine import Engine
 from ..runs.pools import images_of, run_split
+from ..runs.registry import REGISTERING
 from ..runs.spec import RunSpec
 
 # %% ../../nbs/batch/09_dry_run.ipynb #b1210d0a
@@ -129,6 +130,13 @@ def _ends(reason: str, found: DryRun):
         raise StopDryRun
     return stand_in
 
+# %% ../../nbs/batch/09_dry_run.ipynb #87431cef
+def _import_first(modules: Iterable[str]) -> None:
+    "Import what a notebook and the registries will import; what cannot be imported, the notebook itself will name."
+    for name in (*REGISTERING, *sorted(modules)):
+        try: importlib.import_module(name)
+        except ImportError: pass
+
 # %% ../../nbs/batch/09_dry_run.ipynb #dbcd4242
 @contextmanager
 def _stage(found: DryRun, real: bool): # the folder that results go to
@@ -157,6 +165,7 @@ def dry_run(job: Job,
     found, place, stopped = DryRun(job.name), {"__name__": "dry_run"}, False
     notebook = json.loads(job.experiment.path.read_text(encoding="utf-8"))
     cells = [c for c in notebook["cells"] if c["cell_type"] == "code"]
+    _import_first(job.experiment.imports)
     with _stage(found, real) as nowhere:
         os.chdir(job.experiment.path.parent)
         for cell in cells:

@@ -195,7 +195,8 @@ def __call__(self: Starter, log: Path, # where its output goes
     if self.warm:
         try: return self._fork(log, env, args)
         except (OSError, EOFError) as e:
-            # the fork server has ended, for something that it imported: then each notebook says for itself what it lacks
+            # the fork server has ended, for something that it imported: then each notebook says for itself what it
+            # lacks
             self.warm = False
             why = f"{type(e).__name__}{f': {e}' if str(e) else ''}"
             self.echo(f"notebooks start from nothing, which takes longer: their common start failed ({why})")
