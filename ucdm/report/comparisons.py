@@ -74,29 +74,6 @@ def method_specs(
         )
     return specs, left_out
 
-# %% ../../nbs/report/07_comparisons.ipynb #2e42a3bc
-def compare(base: RunSpec, methods: Sequence[str],
-            ours: Mapping, # UCDM's settings; those under "ucdm" in `settings` go before them
-            settings: Mapping[str, Mapping], # see `method_specs`
-            image_passes: int | None, # of each compared method, see `ucdm.runs.budget.equal_passes`
-            finished_only: bool, # compute nothing, take the runs that are there
-            cache: str, engine: Engine = LocalEngine(), # who computes
-            **axes: Sequence # see `method_specs`
-           ) -> tuple[list[RunResult], dict[str, str]]: # results, and the methods without any, with the reason
-    """All runs of a comparison with one budget, computed or read.
-
-    ValueError as `method_specs`, or if nothing is finished; RunsFailed as `ucdm.runs.many.run_many`.
-    """
-    ours = {**ours, **settings.get("ucdm", {})}
-    specs, left_out = method_specs(base, methods, {**settings, "ucdm": ours}, **axes)
-    specs = equal_passes(specs, image_passes, ours)
-    if finished_only:
-        specs = finished(specs, cache)
-        left_out |= {
-            m: "has no finished run yet" for m in methods if m not in {s.method for s in specs} | set(left_out)
-        }
-    return run_many(specs, cache, engine), left_out
-
 # %% ../../nbs/report/07_comparisons.ipynb #ecaeeb8f
 def compare(base: RunSpec, methods: Sequence[str],
             ours: Mapping, # UCDM's settings; those under "ucdm" in `settings` go before them
