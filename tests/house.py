@@ -239,6 +239,21 @@ def circles(root):
     return [f"import circle: {circle}" for circle in found]
 
 
+def twice(root):
+    "What a module defines more than once: the second definition hides the first. A class may have several patches."
+    found = []
+    for name, file in modules(root).items():
+        seen = set()
+        for node in tree(file).body:
+            if not isinstance(node, (ast.FunctionDef, ast.ClassDef)): continue
+            of = next((ast.unparse(a.annotation) for a in node.args.args[:1] if a.annotation), "") if any(
+                ast.unparse(d).startswith("patch") for d in node.decorator_list
+            ) else ""
+            if (key := (of, node.name)) in seen: found.append(f"{name} defines {node.name} twice")
+            seen.add(key)
+    return found
+
+
 # Names in strings and prose
 
 _DOTTED = re.compile(r"(?<![\w/.@-])ucdm(?:\.[A-Za-z_]\w*)+(?::[A-Za-z_]\w*)?")
@@ -404,7 +419,7 @@ def missing_in_sidebar(root):
     ]
 
 
-RULES = [over_limits, long_cells, long_lines, long_modules, misplaced, circles, backward, missing_names,
+RULES = [over_limits, long_cells, long_lines, long_modules, misplaced, twice, circles, backward, missing_names,
          missing_imports]
 
 

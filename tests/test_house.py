@@ -246,3 +246,12 @@ def test_command(root):
     (root / "README.md").write_text("ucdm.gone")
     bad = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert bad.returncode == 1 and "README.md: there is no ucdm.gone\n1 problems" in bad.stdout
+
+
+def test_defined_twice(root):
+    "A second definition of a name is found; methods of two classes that are called alike are not."
+    patches = "class A: ...\nclass B: ...\n@patch\ndef save(self: A): ...\n@patch\ndef save(self: B): ..."
+    room(root, "core.classes", patches, number="02")
+    assert not any("twice" in problem for problem in problems(root))
+    room(root, "core.classes", "def save(): ...\n\n\ndef save(): ...", number="02")
+    assert "ucdm.core.classes defines save twice" in problems(root)
