@@ -20,14 +20,14 @@ from ..core.device import default_device
 from ..core.randomness import generator
 from ..data.images import ImageSet
 from ..evaluation.rejection import CONFIDENCES, with_other
-from ..method.classifier import _check_images
+from ..method.classifier import check_images
 from ..method.train_config import PRECISIONS
 from ..method.wideresnet import batch_norm_mode, normalise, WideResNet
 
 # %% ../../nbs/baselines/05_learner.ipynb #04cd67dd
 def check_unlabelled_set(unlabelled_set: ImageSet):
     "ValueError unless every class of an unlabelled set has a labelled image and its images are RGB bytes."
-    _check_images(unlabelled_set.images, "the unlabelled set's images")
+    check_images(unlabelled_set.images, "the unlabelled set's images")
     if bare := [name for k, name in enumerate(unlabelled_set.classes) if not (unlabelled_set.labels == k).any()]:
         raise ValueError(
             f"no image of {', '.join(bare)} is labelled: a semi-supervised method needs at least one of each "
@@ -84,7 +84,7 @@ class Learner:
                 ):
         check_unlabelled_set(unlabelled_set)
         self.unlabelled_set, self.classes = unlabelled_set, tuple(unlabelled_set.classes)
-        self.config, self.device = config or self.Config(), default_device(device)
+        self.config, self.device = config or self.Config(), torch.device(default_device(device))
         self.images, self.labels = unlabelled_set.images.to(self.device), unlabelled_set.labels
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator(self.config.seed, "init").initial_seed())
@@ -222,7 +222,7 @@ def answers(learner: Learner,
             batch_size: int=256, # images a pass with running statistics
            ) -> tuple[Tensor|None, ...]: # of all images, on the CPU; by default logits [N, K] and [N, K + 1] or None
     "What the final network answers for images, without augmentation and without a gradient."
-    _check_images(images)
+    check_images(images)
     outs, function = [], function or learner.answer
     with torch.no_grad(), batch_norm_mode(learner.final, batch_norm):
         for x in images.split(batch_size if batch_norm == "running" else TEST_BATCH):

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHECK_EVERY', 'FORMAT', 'draw', 'train_step', 'check_finite', 'train_epoch', 'learner_tensors', 'check_same_run',
-           'restore_optimizer', 'refresh_statistics', 'finish', 'advice', 'train', 'fit', 'register']
+           'refresh_statistics', 'finish', 'advice', 'train', 'fit', 'register']
 
 # %% ../../nbs/baselines/06_semi_supervised.ipynb #8814c1fa
-import copy, math, time
+import copy, time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +23,8 @@ from .learner import answers, ema_update, KEEP, Learner
 from ..core.randomness import generator
 from ..core.tensor_files import read_tensors, write_tensors
 from ..evaluation.rejection import CONFIDENCES, otsu
-from ..method.wideresnet import fresh_averages, normalise
+from ..method.checkpoint import optimizer_tensors, restore_optimizer
+from ..method.wideresnet import normalise, refresh_running_statistics
 from ..runs.registry import register_method
 
 # %% ../../nbs/baselines/06_semi_supervised.ipynb #cc20cbea
@@ -102,8 +103,7 @@ def learner_tensors(learner: Learner,
     tensors |= {f"memory/{k}": v for k, v in L.memory.items()}
     tensors |= {f"kept/{i}/{k}": v for i, state in enumerate(L.kept) for k, v in state.items()}
     for name, o in L.optimizers.items():
-        for i, state in o.state_dict()["state"].items():
-            tensors |= {f"optimizer/{name}/{i}/{k}": v for k, v in state.items() if isinstance(v, Tensor)}
+        tensors |= {f"optimizer/{name}/{k}": v for k, v in optimizer_tensors(o).items()}
     return tensors
 
 # %% ../../nbs/baselines/06_semi_supervised.ipynb #299b256c
@@ -152,18 +152,6 @@ def check_same_run(learner: Learner,
     if changed := [f"{k} was {was.get(k)!r}, is {v!r}" for k, v in asdict(learner.config).items() if was.get(k) != v]:
         raise ValueError(f"{path} was written with other settings ({'; '.join(changed)}): {anew}")
 
-# %% ../../nbs/baselines/06_semi_supervised.ipynb #39527e3f
-def restore_optimizer(optimizer: torch.optim.Optimizer, # changed in place
-                      moments: dict[str, Tensor], # "number of the parameter/name" -> value
-                     ):
-    "Give an optimiser back the moments that it had."
-    params, state = [p for g in optimizer.param_groups for p in g["params"]], optimizer.state_dict()
-    for key, t in moments.items():
-        i, k = key.split("/")
-        like = params[int(i)]
-        state["state"].setdefault(int(i), {})[k] = torch.empty_like(like).copy_(t) if t.shape == like.shape else t
-    optimizer.load_state_dict(state)
-
 # %% ../../nbs/baselines/06_semi_supervised.ipynb #7f7c5bea
 @patch
 def restore(self: Learner, # of the same method, unlabelled set and settings; changed in place
@@ -188,12 +176,10 @@ def restore(self: Learner, # of the same method, unlabelled set and settings; ch
 
 # %% ../../nbs/baselines/06_semi_supervised.ipynb #87c4fdd1
 def refresh_statistics(learner: Learner, # the network that predicts is changed in place
-                      ):
+                      ) -> None:
     "Average batch norm's running statistics anew over the whole unlabelled set, in a random order."
-    order = torch.randperm(len(learner.images), generator=generator(learner.config.seed, "statistics"))
-    with fresh_averages(learner.final):
-        for items in order.to(learner.device).tensor_split(math.ceil(len(order) / 256)):
-            learner.answer(learner.final, normalise(learner.images[items]))
+    order, net = generator(learner.config.seed, "statistics"), learner.final
+    refresh_running_statistics(net, learner.images, order, lambda x: learner.answer(net, x))
 
 # %% ../../nbs/baselines/06_semi_supervised.ipynb #b69f3865
 def finish(learner: Learner, # changed in place

@@ -23,7 +23,7 @@ from .learner import Learner
 from .mtcf import familiar_or_other, unlabelled_scores
 from .semi_supervised import register
 from ..core.checked import settings
-from ..evaluation.rejection import otsu, RULES, with_other
+from ..evaluation.rejection import otsu, with_other
 
 # %% ../../nbs/baselines/17_t2t.ipynb #18bd742c
 def rotations(images: Tensor, # [B, C, H, W]

@@ -6,7 +6,7 @@
 __all__ = ['app', 'committed_folder', 'publish', 'use_engine', 'show_plan', 'show_list', 'main']
 
 # %% ../../nbs/batch/11_cli.ipynb #f58c52ab
-import os, shutil, sys
+import os, sys
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from contextlib import contextmanager, ExitStack, redirect_stdout
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from unittest import mock
 
 import matplotlib.pyplot as plt
@@ -105,10 +104,10 @@ COSTS = { # what ends a cell: what it means
     ),
     "trains classifiers itself": ("ucdm.method.training.train_ucdm",),
     "trains generators of its own, and the runs depend on them": (
-        "ucdm.diffusion.train_prior.build_pipeline",
+        "ucdm.diffusion.prior_pipeline.build_pipeline",
         "ucdm.diffusion.train_prior.train_vae",
         "ucdm.diffusion.train_prior.train_unet",
-        "ucdm.diffusion.train_prior.kept_tokenizer",
+        "ucdm.diffusion.prior_pipeline.kept_tokenizer",
     ),
     "uses a judge": ("ucdm.evaluation.judge.load_judge", "ucdm.evaluation.judge.train_judge"),
     "": (
@@ -116,7 +115,7 @@ COSTS = { # what ends a cell: what it means
         "ucdm.report.style.save_data",
         "ucdm.report.style.save_figure",
         "ucdm.report.claims.conclude",
-        "ucdm.report.tables.settings_note",
+        "ucdm.report.settings_note.settings_note",
         "ucdm.runs.run.run",
         "ucdm.runs.result.read_result",
     ),

@@ -29,7 +29,6 @@ from ..method.training import training_rate as measured_training_rate
 from ..runs.budget import training_passes
 from ..runs.identity import prior_identity, resolve, Resolved
 from ..runs.pools import images_of, pool_folders, run_data, RunData
-from ..runs.spec import RunSpec
 
 # %% ../../nbs/batch/10_planning.ipynb #99f2bf7c
 @dataclass

@@ -32,9 +32,6 @@ def default_device(device: str | torch.device | None = None, # None chooses
     if group := process_group(): return "cpu" if group.device.type == "cpu" else str(group.device) # not 'cpu:0'
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
-# %% ../../nbs/core/04_device.ipynb #1c8c5cbc
-def default_device(device=None) -> torch.device: return torch.device(default_device(device))
-
 # %% ../../nbs/core/04_device.ipynb #b3524533
 def default_dtype(device: str) -> torch.dtype:
     "bfloat16 where the hardware computes with it, else float16 on a GPU and float32 elsewhere."

@@ -19,7 +19,6 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core.checked import checked, nearest
-from .class_names import CLASSES
 from .datasets import load_dataset
 from .images import class_id, ImageSet
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from fastcore.basics import patch
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import load as load_bytes, load_file, save

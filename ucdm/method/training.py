@@ -19,7 +19,7 @@ from ..core.device import default_device
 from ..core.randomness import generator
 from .batches import epoch_iterations, forward_pairs, pair_batch, PairBatch, SETS
 from .checkpoint import data_fingerprint, load_checkpoint, save_checkpoint
-from .classifier import _check_images, UCDM
+from .classifier import check_images, UCDM
 from .labelling import assign, known_driven, other_driven
 from .losses import LossTerms, pair_loss, total_loss
 from .pair_store import PairSet
@@ -118,7 +118,7 @@ def label_round(state: TrainState, # changed in place
 # %% ../../nbs/method/19_training.ipynb #4c063e6c
 def _check_data(seeds, pairs):
     "ValueError if there are no seed images, or pairs of other ones."
-    _check_images(seeds, "seeds")
+    check_images(seeds, "seeds")
     K, N = len(pairs.classes), len(seeds)
     if N == 0: raise ValueError("there are no seed images to train on")
     for name in ("positives", "negatives"):
