@@ -111,8 +111,11 @@ def write_card(folder: Path, # pipeline folder with training.json
     )
     text = f"""# Mini prior: {record['dataset']}
 
-A small text-to-image diffusion pipeline (`diffusers.StableDiffusionPipeline`, half precision), trained by `{about.command}`.
-It stands in for Stable Diffusion where UCDM is to run in minutes. It knows {len(record['classes'])} classes and nothing else of the world. {_fractions(record)}
+A small text-to-image diffusion pipeline (`diffusers.StableDiffusionPipeline`, half precision), \
+trained by `{about.command}`.
+It stands in for Stable Diffusion where UCDM is to run in minutes. \
+It knows {len(record['classes'])} classes and nothing else of the world. \
+{_fractions(record)}
 
 | | |
 |---|---|
