@@ -133,7 +133,8 @@ Samples, one row a class (guidance 3, 20 DDIM steps, not chosen):
 """ if evaluation else "") + (f"""
 ## As a generator of pairs
 
-Measured by `nbs/experiments/beyond/pair_quality.ipynb` with a judge that was trained on the prior's own training images.
+Measured by `nbs/experiments/beyond/pair_quality.ipynb` with a judge that was \
+trained on the prior's own training images.
 
 {_measures(quality["numbers"])}
 

@@ -55,7 +55,7 @@ def make_schedule(config: dict, # a diffusers scheduler's config, `pipe.schedule
 @dataclass(frozen=True)
 class Grid:
     "Levels that inversion or sampling visits, from the cleanest to the noisiest."
-    # N + 1 train steps, ascending; the network is told these. The clean image counts as step 0
+    # N + 1 train steps, ascending, as the network is given them. The clean image counts as step 0
     timesteps: tuple[int, ...]
     alpha_bar: tuple[float, ...] # N + 1 levels, descending, float64
 

@@ -138,7 +138,7 @@ def carry_down(unconditional: NoisePredictor,
                xs: list[Tensor], # the N + 1 points of the inversion, cleanest first
                kicks: list[Tensor], # kick i joins at level i, at the point xs[i]
                grid: Grid,
-               linear: bool = True, # transport by the Jacobian of sampling; else the exact difference of two trajectories
+               linear: bool = True, # transport by the Jacobian of sampling; else exact differences
               ) -> Tensor: # [N, B, ...]: what is left of each kick at the clean level
     """Theorem 3.2': every kick carried to the clean level by unconditional sampling; N^2 / 2 predictions or
     Jacobian-vector products for each item.
