@@ -23,7 +23,7 @@ from .train_prior import export, train
 def training_images(
     root: Path | str | None = None, # a local copy of CIFAR-10; None looks in the usual place, or downloads
 ) -> ImageSet: # 25,000 images, 2,500 of each class
-    "The half of CIFAR-10's training images that holds no seeds."
+    "The half of CIFAR-10's training images that holds no seed images."
     return halve(load_dataset("cifar10", "train", root), MEDIAN_HASHES["cifar10"])[1]
 
 # %% ../../nbs/diffusion/09_cifar10_prior.ipynb #83e4ffc7
@@ -45,7 +45,7 @@ SIZES = dict(
 
 # %% ../../nbs/diffusion/09_cifar10_prior.ipynb #72b4f7bb
 def extra_images(name: str, # "fashion-mnist", "cifar100" or "tiny-imagenet"
-                ) -> ImageSet: # labelled; never the embedded seeds of Fashion-MNIST
+                ) -> ImageSet: # labelled; never the embedded seed images of Fashion-MNIST
     "Training images of another data set."
     return fashion_mnist_images() if name == "fashion-mnist" else load_dataset(name, "train")
 

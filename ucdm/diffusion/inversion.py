@@ -116,8 +116,8 @@ class DeltaTrace:
 def delta_trace(predict: NoisePredictor,
                 xs: list[Tensor], # the N + 1 points of a trajectory, cleanest first, each [B, ...]
                 grid: Grid) -> DeltaTrace:
-    """Theorem 3.1's delta_t along a trajectory (with an unconditional `predict`, Theorem 3.2's tilde delta_t along the
-    way down).
+    """Theorem 3.1's delta_t along a trajectory (with an unconditional `predict`, Theorem 3.2's tilde delta_t along
+    sampling).
     """
     rows = []
     for i in range(1, grid.steps + 1):
@@ -137,7 +137,7 @@ def delta_trace(predict: NoisePredictor,
 # %% ../../nbs/diffusion/02_inversion.ipynb #696cca37
 def trajectory(walk: Callable, # `invert` or `reverse`
                predict: NoisePredictor, x: Tensor, grid: Grid, **kwargs) -> list[Tensor]: # N + 1 points, cleanest first
-    "All points of a walk, ordered by grid index."
+    "All points of an inversion or a sampling, ordered by grid index."
     points = {0 if walk is invert else grid.steps: x}
     walk(predict, x, grid, callback=lambda i, x, _: points.__setitem__(i, x), **kwargs)
     return [points[i] for i in range(grid.steps + 1)]

@@ -304,7 +304,7 @@ def _check_pipeline_folder(folder: Path) -> None:
 
 # %% ../../nbs/diffusion/04_prior.ipynb #36cf8045
 def _again(path: Path) -> str:
-    "How to mend what is missing: the hub's cache goes on by itself."
+    "How to repair what is missing: the hub's cache goes on by itself."
     return (
         "Load it again: the download goes on where it stopped."
         if "snapshots" in path.parts

@@ -111,8 +111,11 @@ def write_card(folder: Path, # pipeline folder with training.json
     )
     text = f"""# Mini prior: {record['dataset']}
 
-A small text-to-image diffusion pipeline (`diffusers.StableDiffusionPipeline`, half precision), trained by `{about.command}`.
-It stands in for Stable Diffusion where UCDM is to run in minutes. It knows {len(record['classes'])} classes and nothing else of the world. {_fractions(record)}
+A small text-to-image diffusion pipeline (`diffusers.StableDiffusionPipeline`, half precision), \
+trained by `{about.command}`.
+It stands in for Stable Diffusion where UCDM is to run in minutes. \
+It knows {len(record['classes'])} classes and nothing else of the world. \
+{_fractions(record)}
 
 | | |
 |---|---|
@@ -130,7 +133,8 @@ Samples, one row a class (guidance 3, 20 DDIM steps, not chosen):
 """ if evaluation else "") + (f"""
 ## As a generator of pairs
 
-Measured by `nbs/experiments/beyond/pair_quality.ipynb` with a judge that was trained on the prior's own training images.
+Measured by `nbs/experiments/beyond/pair_quality.ipynb` with a judge that was \
+trained on the prior's own training images.
 
 {_measures(quality["numbers"])}
 

@@ -15,7 +15,7 @@ from .inversion import invert, NoisePredictor, reverse
 from .schedule import Grid
 
 # %% ../../nbs/diffusion/03_round_trip.ipynb #7b7e8e33
-def round_trip_error(predict: NoisePredictor, # the same model up and down
+def round_trip_error(predict: NoisePredictor, # the same model for inversion and sampling
                      x_0: Tensor, # clean (latent) images, [B, ...]
                      up: Grid,
                      down: Grid | None = None, # None is `up`

@@ -114,7 +114,7 @@ def random_pipeline(config: dict, # like SD2_BASE, or `shrunk(SD2_BASE)`
     "A pipeline with random weights: for tests, and in full size to time a machine before the weights are there."
     torch.manual_seed(seed)
     models = build_models({**config, "text_encoder": {**config["text_encoder"], "vocab_size": len(tokenizer)}})
-    # latents of about unit size, as a trained autoencoder makes them, and a gentle UNet: along a walk rounding shall
+    # latents of about unit size, as a trained autoencoder makes them, and a gentle UNet: over many steps rounding shall
     # not grow more than it does in a trained one
     with torch.no_grad():
         for p in models["vae"].quant_conv.parameters(): p[:config["vae"]["latent_channels"]] *= 20

@@ -83,7 +83,7 @@ def log_density(self: Mixture,
                 x: Tensor, # [B, d]
                 alpha_bar: float, # noise level; 1 is the clean data
                 label: int | Tensor | None = None, # class, or one for each item; None is the whole data distribution
-                leak: float = 0.0, # share of the condition that is not understood
+                leak: float = 0.0, # fraction of the condition that is not understood
                ) -> Tensor: # [B]
     "log p_t(x), or log p_t(x | class). ValueError for a label that is no class, or a leak outside [0, 1]."
     return (_weights(self, label, leak).log() + _components(self, x, alpha_bar)[2]).logsumexp(-1)
@@ -189,7 +189,7 @@ def aniso() -> Mixture:
     return Mixture(means, stds**2, weights, torch.arange(3).repeat_interleave(2))
 
 # %% ../../nbs/theory/01_analytic.ipynb #22c0b93b
-def im256(mean_energy: float = 0.3, # share of the total variance that lies between the classes
+def im256(mean_energy: float = 0.3, # fraction of the total variance that lies between the classes
           dim: int = 256, n_classes: int = 10, seed: int = 0) -> Mixture:
     "An image-like model: spectrum 1/k within and between classes, unit variance per coordinate on average."
     spectrum = 1 / torch.arange(1, dim + 1, dtype=torch.float64)

@@ -19,7 +19,7 @@ from .theorem_3_1 import theorem_3_1
 # %% ../../nbs/theory/03_theorem_3_2.ipynb #a4e5cbb5
 def displacement_sum(conditional: NoisePredictor, unconditional: NoisePredictor,
                      xs: list[Tensor], # the N + 1 points of the inversion, cleanest first
-                     back: list[Tensor], # the N + 1 points of the way down, cleanest first; back[N] is xs[N]
+                     back: list[Tensor], # the N + 1 points of the sampling, cleanest first; back[N] is xs[N]
                      grid: Grid,
                      method: str = "eq6", # the inversion that made `xs`: "eq6" (identity B) or "implicit" (identity A)
                     ) -> Tensor: # equals back[0] - xs[0]
@@ -41,8 +41,8 @@ class NoiseChanges:
     """
     delta: Tensor        # conditional prediction, along the inversion: the paper's delta_j
     delta_uncond: Tensor # unconditional prediction, along the inversion
-    delta_back: Tensor   # unconditional prediction, along the way down: the paper's tilde delta_j
-    time_change: Tensor  # tau_j: change of the unconditional score with the level, way down minus inversion
+    delta_back: Tensor   # unconditional prediction, along sampling: the paper's tilde delta_j
+    time_change: Tensor  # tau_j: change of the unconditional score with the level, sampling minus inversion
 
 # %% ../../nbs/theory/03_theorem_3_2.ipynb #248ac148
 def noise_changes(
@@ -61,7 +61,7 @@ def noise_changes(
         at_both_ends(unconditional, back),
     )
     scale = _per_step(_noise_scale(grid), xs[0])
-    # score on the way down minus score on the way up
+    # score during sampling minus score during inversion
     gap_old, gap_new = (up_old - down_old) / scale, (up_new - down_new) / scale
     return NoiseChanges(cond_new - cond_old, up_new - up_old, down_new - down_old, gap_new[:-1] - gap_old[1:])
 
@@ -75,7 +75,7 @@ def _per_step(values: Tensor, like: Tensor) -> Tensor: # [N, 1, 1, ...] in the t
 @dataclass(frozen=True)
 class Theorem32:
     "The terms of Theorem 3.2, each [B, ...]; `total` is their sum, the displacement."
-    main: Tensor     # M: minus the weighted class gradients on the way up, all that the paper keeps
+    main: Tensor     # M: minus the weighted class gradients during inversion, all that the paper keeps
     feedback: Tensor # D: the unconditional scores differ, because the trajectories do
     boundary: Tensor # F
 
@@ -97,7 +97,7 @@ def feedback_sum(changes: Tensor, # differences of noise predictions [N, B, ...]
 # %% ../../nbs/theory/03_theorem_3_2.ipynb #d5d3e9ae
 def theorem_3_2(conditional: NoisePredictor, unconditional: NoisePredictor,
                 xs: list[Tensor], # the N + 1 points of the inversion, cleanest first
-                back: list[Tensor], # the N + 1 points of the way down, cleanest first
+                back: list[Tensor], # the N + 1 points of the sampling, cleanest first
                 grid: Grid,
                 method: str = "eq6", # the inversion that made `xs`: "eq6" or "implicit"
                ) -> Theorem32:
@@ -138,9 +138,9 @@ def carry_down(unconditional: NoisePredictor,
                xs: list[Tensor], # the N + 1 points of the inversion, cleanest first
                kicks: list[Tensor], # kick i joins at level i, at the point xs[i]
                grid: Grid,
-               linear: bool = True, # transport by the Jacobian of the way down; else the exact difference of two walks
+               linear: bool = True, # transport by the Jacobian of sampling; else exact differences
               ) -> Tensor: # [N, B, ...]: what is left of each kick at the clean level
-    """Theorem 3.2': every kick carried to the clean level by the unconditional way down; N^2 / 2 predictions or
+    """Theorem 3.2': every kick carried to the clean level by unconditional sampling; N^2 / 2 predictions or
     Jacobian-vector products for each item.
     """
     points = moved = xs[0][:0]
