@@ -42,9 +42,6 @@ class Batch:
         self.facts: dict = {} # about the machine and the code, for the page
         self.stop, self.began = threading.Event(), time.monotonic()
         self.invocation = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        for part in ("notebooks", "figures", "tables", "results", "logs", "cache/done"):
-            (self.out / part).mkdir(parents=True, exist_ok=True)
-        for part in ("cache", "logs"): (self.out / part / ".gitignore").write_text("*\n", encoding="utf-8")
 
 # %% ../../nbs/batch/08_runner.ipynb #3e57689f
 @patch
@@ -73,11 +70,19 @@ def failed(self: Batch) -> list[Outcome]:
     "What was not done."
     return [o for o in self.outcomes.values() if o.status not in ("done", "kept")]
 
+# %% ../../nbs/batch/08_runner.ipynb #fb8f521b
+@patch
+def _make_folders(self: Batch) -> None:
+    for part in ("notebooks", "figures", "tables", "results", "logs", "cache/done"):
+        (self.out / part).mkdir(parents=True, exist_ok=True)
+    for part in ("cache", "logs"): (self.out / part / ".gitignore").write_text("*\n", encoding="utf-8")
+
 # %% ../../nbs/batch/08_runner.ipynb #c5a134db
 @patch
 @contextmanager
 def locked(self: Batch):
     "Hold the folder against other batches. RuntimeError if one has it."
+    self._make_folders()
     deadline = time.monotonic() + 10
     with open(self.out / "cache" / ".batch.lock", "a+") as lock:
         while True:
