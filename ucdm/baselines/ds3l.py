@@ -129,23 +129,6 @@ def logits(self: DS3L, theta: dict[str, Tensor], # parameters by name
     with self.autocast():
         return functional_call(self.model, (theta, buffers), (torch.cat(views),))[0].split([len(v) for v in views])
 
-# %% ../../nbs/baselines/15_ds3l.ipynb #4f354ef0
-@patch
-def learn_weights(self: DS3L, w: Tensor, # weights, with their graph to alpha [B]
-                  lower: Tensor, # L(theta, alpha), with its graph to theta
-                  theta: dict[str, Tensor], # parameters by name
-                  copies: dict[str, Tensor], # of the running statistics
-                  batch: dict, # what was drawn
-                 ) -> Tensor: # L_x(theta-hat), scalar
-    "One step of the weighting network."
-    x, u, alpha = batch["labelled"], batch["unlabelled"], list(self.aux["weight"].parameters())
-    upper = lambda th: F.cross_entropy(self.logits(th, copies, *x.views)[0], x.y)
-    omega = lambda th: consistency(*self.logits(th, copies, *x.views, *u.views)[1:])
-    dw, value = weight_gradient(theta, lower, upper, omega, w, self.coefficient, self.config.meta_lr)
-    for a, g in zip(alpha, torch.autograd.grad(w, alpha, dw)): a.grad = g
-    self.optimizers["weight"].step()
-    return value
-
 # %% ../../nbs/baselines/15_ds3l.ipynb #c8046c8e
 @patch
 def update(self: DS3L, batch):
@@ -156,9 +139,13 @@ def update(self: DS3L, batch):
     f_x, f_1, f_2 = self.logits(theta, dict(self.model.named_buffers()), *x.views, *u.views)
     L_x, omega, p = F.cross_entropy(f_x, x.y), consistency(f_1, f_2), f_1.detach().softmax(1)
     L = lambda w: L_x + c * weighted_mean(omega, w.detach())
+    L_x_ahead = lambda th: F.cross_entropy(self.logits(th, copies, *x.views)[0], x.y)
+    omega_ahead = lambda th: consistency(*self.logits(th, copies, *x.views, *u.views)[1:])
 
-    w = net(p)
-    upper = self.learn_weights(w, L(w), theta, copies, batch)
+    w, alpha = net(p), list(net.parameters())
+    dw, upper = weight_gradient(theta, L(w), L_x_ahead, omega_ahead, w, c, self.config.meta_lr)
+    for a, g in zip(alpha, torch.autograd.grad(w, alpha, dw)): a.grad = g
+    self.optimizers["weight"].step()
 
     w = net(p).detach()
     loss = L(w)

@@ -53,7 +53,7 @@ def compare_frames(name: str, here: pd.DataFrame, there: pd.DataFrame) -> Differ
     worst = Difference(name, "equal")
     for column in here.columns:
         a, b = here[column], there[column]
-        numbers = [pd.to_numeric(s, errors="coerce") for s in (a, b)]
+        numbers = [pd.to_numeric(s, errors="coerce").astype(float) for s in (a, b)]
         differ = ~((a == b) | (a.isna() & b.isna()))
         gap = (numbers[0] - numbers[1]).abs().fillna(np.inf).where(differ, 0.0)
         if gap.max() > worst.gap:
