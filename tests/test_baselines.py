@@ -67,7 +67,7 @@ def test_other_methods_run(tmp_path, method):
 
 def test_what_cannot_be(tmp_path):
     "Too few images for the labels asked for, and a misspelt setting, end in one clear error each."
-    with pytest.raises(ValueError, match="Take fewer labels, or more seeds"):
+    with pytest.raises(ValueError, match="Take fewer labels, or more seed images"):
         run(RunSpec(method="fixmatch", n_seeds=40, n_test=12), tmp_path, progress=False)
     with pytest.raises(ValueError, match="did you mean 'threshold'"):
         run(RunSpec(method="fixmatch", train=dict(treshold=0.9)), tmp_path)

@@ -251,6 +251,17 @@ def test_stopped_and_resumed(project, tmp_path, how):
     assert "in 2 invocations" in (folder / "out" / "index.html").read_text()
 
 
+@pytest.mark.parametrize("warm", [False, True])
+def test_kernel_that_dies(project, warm):
+    "As when memory runs out: the batch says so, and goes on."
+    nb = notebook()
+    nb.cells[-1].source = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    more = dict(c=notebook(), d=notebook()) if warm else {}
+    status, said, _ = batch(project(b=nb, **more))
+    assert status == 1 and "Kernel died" in said, said
+    assert all(f"{name}  done" in said for name in more)
+
+
 def test_time_limit(project, tmp_path):
     folder = project(dict(notebooks=dict(b=dict(limit_minutes=0.1))), b=waiting(tmp_path))
     status, said, _ = batch(folder)

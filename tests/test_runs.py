@@ -266,7 +266,7 @@ def test_damaged_pool(done, tmp_path):
     (dict(train=dict(rounds="3")), "rounds must be a valid integer, got '3'"),
     (dict(pairs=dict(stepz=3)), "unknown field 'stepz': did you mean 'steps'"),
     (dict(method="ucmd"), "unknown method 'ucmd': did you mean 'ucdm'"),
-    (dict(dataset="fashion-mnits"), "no class splits for 'fashion-mnits'; there are some for fashion-mnist"),
+    (dict(dataset="fashion-mnits"), "class splits: unknown data set 'fashion-mnits': did you mean 'fashion-mnist'"),
 ])
 def test_specification_that_cannot_be(tmp_path, fields, message):
     "Every wrong field is named before anything is computed."

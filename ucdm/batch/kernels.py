@@ -111,8 +111,8 @@ class ForkedKernel:
 def _kernel_manager(command: list[str], private: str): # a class
     "What papermill starts the kernel with: this command, sockets in a private folder."
     from jupyter_client.kernelspec import KernelSpec
-    from jupyter_client.manager import KernelManager
-    class OwnKernel(KernelManager):
+    from jupyter_client.manager import AsyncKernelManager
+    class OwnKernel(AsyncKernelManager):
         def __init__(self, **kwargs): super().__init__(**{**kwargs, "transport": "ipc", "ip": f"{private}/kernel"})
         kernel_spec = property(lambda self: KernelSpec(argv=command, display_name="Python 3", language="python"))
     return OwnKernel
