@@ -264,6 +264,7 @@ def main(
             with batch.locked(): print(f"Summary: {batch.write_page()}")
         elif publishing:
             with batch.locked(): written, removed = publish(batch.out, batch.committed, set(batch.experiments))
+            _prepare(profile, [], [], jobs, batch.committed, notebooks, False).write_page() # it links to what is there
             print(f"{batch.committed}: {written} files written, {removed} removed")
         else:
             use_engine(engine, batch.out / "cache", address, task_cpus, task_gpus)
