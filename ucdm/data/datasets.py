@@ -117,6 +117,7 @@ def download_dataset(dataset: str, # "cifar10", "cifar100" or "tiny-imagenet"
                 download_and_extract_archive(TINY_URL, tmp, md5=TINY_MD5)
                 (Path(tmp) / "tiny-imagenet-200").rename(folder / "tiny-imagenet-200")
     except (OSError, RuntimeError) as e:
+        if not any(folder.iterdir()): folder.rmdir() # so that it does not look like a local copy
         raise FileNotFoundError(
             f"{dataset} could not be downloaded to {folder} ({e}). Give a local copy as root, or set UCDM_DATA "
             f"to a folder that holds {dataset}/."
