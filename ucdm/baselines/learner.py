@@ -20,9 +20,10 @@ from ..core.device import default_device
 from ..core.randomness import generator
 from ..data.images import ImageSet
 from ..evaluation.rejection import CONFIDENCES, with_other
+from ..method.batch_norm import batch_norm_mode
 from ..method.classifier import check_images
 from ..method.train_config import PRECISIONS
-from ..method.wideresnet import batch_norm_mode, normalise, WideResNet
+from ..method.two_head_wideresnet import normalise, WideResNet
 
 # %% ../../nbs/baselines/05_learner.ipynb #04cd67dd
 def check_unlabelled_set(unlabelled_set: ImageSet):

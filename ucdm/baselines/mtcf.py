@@ -25,7 +25,7 @@ from .mixmatch import MixMatch, MixMatchConfig
 from .semi_supervised import register
 from ..core.checked import settings
 from ..evaluation.rejection import otsu
-from ..method.wideresnet import batch_norm_mode
+from ..method.batch_norm import batch_norm_mode
 
 # %% ../../nbs/baselines/16_mtcf.ipynb #d3ad7a85
 def corrected_labels(d: Tensor, # labels so far [N]

@@ -23,8 +23,9 @@ from .learner import answers, ema_update, KEEP, Learner
 from ..core.randomness import generator
 from ..core.tensor_files import read_tensors, write_tensors
 from ..evaluation.rejection import CONFIDENCES, otsu
+from ..method.batch_norm import refresh_running_statistics
 from ..method.checkpoint import optimizer_tensors, restore_optimizer
-from ..method.wideresnet import normalise, refresh_running_statistics
+from ..method.two_head_wideresnet import normalise
 from ..runs.registry import register_method
 
 # %% ../../nbs/baselines/06_semi_supervised.ipynb #cc20cbea

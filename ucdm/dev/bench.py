@@ -39,7 +39,7 @@ from ..method.pairs import PairConfig
 from ..method.train_config import TrainConfig
 from ..method.train_state import new_state
 from ..method.training import train_step
-from ..method.wideresnet import WideResNet
+from ..method.two_head_wideresnet import WideResNet
 
 # %% ../../nbs/dev/03_bench.ipynb #6b0dd5a1
 @torch.inference_mode()

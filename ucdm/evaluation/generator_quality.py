@@ -19,7 +19,7 @@ from ..data.images import ImageSet
 from ..diffusion.cifar10_prior import ROOT, training_images
 from ..diffusion.prior import load_prior, Prior, sample_images
 from .judge import Judge, load_judge, train_judge
-from ..method.wideresnet import normalise
+from ..method.two_head_wideresnet import normalise
 
 # %% ../../nbs/evaluation/04_generator_quality.ipynb #792db34e
 class JudgeFeatures(torch.nn.Module):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .judge import Judge
-from ..method.wideresnet import normalise
+from ..method.two_head_wideresnet import normalise
 
 # %% ../../nbs/evaluation/05_image_measures.ipynb #21595e42
 def judged(judge: Judge, images: Tensor, # uint8 [B, 3, 32, 32]

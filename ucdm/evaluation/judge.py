@@ -22,7 +22,7 @@ from ..core.device import default_device
 from ..core.files import ASSETS, write_atomic
 from ..data.images import ImageSet
 from ..method.pair_store import PairSet
-from ..method.wideresnet import normalise, WideResNet
+from ..method.two_head_wideresnet import normalise, WideResNet
 
 # %% ../../nbs/evaluation/02_judge.ipynb #912703f4
 class Judge:
