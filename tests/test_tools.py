@@ -55,12 +55,13 @@ def test_hooks_of_others_stay(clone, shared):
 
 
 def test_notebooks_that_never_started():
-    "Where the program that runs them ends at once, no notebook is said to have run."
-    assert run_all.notebooks_ran(0, "", 51) == (True, "51 of 51 notebooks ran")
-    assert run_all.notebooks_ran(1, "nbdev Tests Failed On The Following Notebooks:\n\ta.ipynb\n", 51) == (
-        False,
-        "50 of 51 notebooks ran, not a.ipynb",
-    )
+    "Only notebooks that were completed are said to have run."
+    done = "- Completed /nbs/a.ipynb\n- Completed /nbs/b.ipynb\n"
+    assert run_all.notebooks_ran(0, done, 2) == (True, "2 of 2 notebooks ran")
+    assert run_all.notebooks_ran(0, done, 3) == (False, "2 of 3 notebooks ran")
+    assert run_all.notebooks_ran(0, "No files were eligible for testing", 51) == (False, "0 of 51 notebooks ran")
+    failed = "nbdev Tests Failed On The Following Notebooks:\n\tb.ipynb\n"
+    assert run_all.notebooks_ran(1, done + failed, 2) == (False, "1 of 2 notebooks ran, not b.ipynb")
     assert run_all.notebooks_ran(1, "No module named 'nbdev'", 51) == (
         False,
         "nbdev_test ended with status 1 and named no notebook",

@@ -6,7 +6,7 @@
 __all__ = ['app', 'committed_folder', 'publish', 'use_engine', 'show_plan', 'show_list', 'main']
 
 # %% ../../nbs/batch/11_cli.ipynb #f58c52ab
-import os, sys
+import json, os, sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,25 +34,31 @@ def committed_folder(experiments: dict[str, Experiment], profile: str) -> Path:
     return experiments_folder(experiments).parent.parent / "outputs" / "committed" / profile
 
 # %% ../../nbs/batch/11_cli.ipynb #0cf7c6fb
-def _published(out: Path, names: set[str]) -> list[Path]: # paths below `out`
-    "What of a batch's folder belongs into the repository: page, figures, tables and results of these notebooks."
-    files = [
-        f.relative_to(out) for part in ("figures", "tables", "results") for f in (out / part).rglob("*") if f.is_file()
-    ]
-    keep = lambda f: f.suffix in (".png", ".csv", ".md", ".tex", ".json") and not f.name.endswith(".partial")
-    mine = lambda f: f.parts[:2] != ("results", f.name) or f.stem in names | {"batch"}
-    return [Path("index.html"), *(f for f in files if keep(f) and mine(f))]
+def _results_of(folder: Path, name: str) -> set[Path]: # paths below `folder`
+    "What a batch's folder holds of a notebook's results: their summary, figures, tables and runs."
+    summary = Path("results", f"{name}.json")
+    if not (folder / summary).exists(): return set()
+    found = json.loads((folder / summary).read_text(encoding="utf-8"))
+    runs = [f"results/runs/{run}.json" for run in found["runs"]]
+    files = {summary, *map(Path, [*found["figures"], *found["tables"], *runs])}
+    return {f for f in files if (folder / f).exists()}
 
 # %% ../../nbs/batch/11_cli.ipynb #f235dea9
 def publish(out: Path, # folder of a batch
             committed: Path, # folder of the repository's results of its profile
             names: set[str], # the notebooks that there are
            ) -> tuple[int, int]: # files written, files removed
-    "Make the results of a batch the committed ones. FileNotFoundError if there is no summary page."
+    """Make the results of a batch the committed ones; those of notebooks that it did not run stay.
+
+    FileNotFoundError if there is no summary page.
+    """
     if not (out / "index.html").exists(): raise FileNotFoundError(f"{out} holds no results: run the profile first.")
-    files = _published(out, names)
+    ran = {n for n in names if _results_of(out, n)}
+    files = {f for n in ran for f in _results_of(out, n)} | {Path("index.html")}
+    if (out / "results" / "batch.json").exists(): files.add(Path("results", "batch.json"))
+    stay = {f for n in names - ran for f in _results_of(committed, n)}
     for f in files: write_atomic(committed / f, (out / f).read_bytes())
-    old = [f for f in committed.rglob("*") if f.is_file() and f.relative_to(committed) not in files]
+    old = [f for f in committed.rglob("*") if f.is_file() and f.relative_to(committed) not in files | stay]
     for f in old: f.unlink()
     return len(files), len(old)
 

@@ -92,7 +92,12 @@ def experiments_folder(experiments: Mapping[str, Experiment]) -> Path:
 
 # %% ../../nbs/batch/03_profiles.ipynb #e72fe2ef
 def _matches(short: str, name: str) -> bool:
-    "Whether `short` is the beginning of a name, up to the end of a part of it."
+    "Whether `short` is the beginning of a name, up to the end of a part of it, or an item that the notebook covers."
+    if item := re.fullmatch(r"(table|figure)_?0*(\d+)([a-z]?)", short.removesuffix(".ipynb")):
+        covers = re.match(rf"{item[1]}_0*(\d+)([a-z]?)(?:_(\d+))?(?=_|$)", name)
+        if covers is None: return False
+        first, letter, last = int(covers[1]), covers[2], int(covers[3] or covers[1])
+        return first <= int(item[2]) <= last and item[3] in ("", letter)
     start = re.escape(short.removesuffix(".ipynb"))
     return re.match(rf"{start}(?![a-zA-Z0-9])|{start}[a-z]?_", name) is not None
 
@@ -188,6 +193,7 @@ def plan(experiments: dict[str, Experiment], # what can be run
         problems += wrong
         minutes = entry.get("limit_minutes", profile.get("limit_minutes", 60))
         times = float(entry.get("seconds", 60)), 60 * float(minutes)
+        problems += [f"{name}: seconds and limit_minutes must be above 0"] * (min(times) <= 0)
         jobs.append(
             Job(experiment, values, "" if problems else _key(experiment, values), *times, bool(entry.get("on_request")))
         )

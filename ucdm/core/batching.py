@@ -55,6 +55,12 @@ def free_memory(device: str) -> int: # bytes
     except (OSError, ValueError): pass # no container, or one without a limit ("max")
     return room // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
+# %% ../../nbs/core/05_batching.ipynb #7b0c0002
+def _filled(batch: Sequence, size: int) -> Sequence: # list or tensor, as it came
+    "A batch of that size, its last item repeated."
+    if isinstance(batch, Tensor): return torch.cat([batch, batch[-1:].expand(size - len(batch), *batch.shape[1:])])
+    return batch + batch[-1:] * (size - len(batch))
+
 # %% ../../nbs/core/05_batching.ipynb #5f9d03e7
 class AdaptiveBatches:
     """Hands items to a function in batches, and halves these when memory runs out.
@@ -74,7 +80,7 @@ class AdaptiveBatches:
         while at < len(items):
             batch = items[at:at + self.size]
             n = len(batch)
-            if fixed: batch = batch + batch[-1:] * (self.size - n)
+            if fixed: batch = _filled(batch, self.size)
             try: made = f(batch)
             except Exception as e:
                 if not is_out_of_memory(e): raise

@@ -37,14 +37,16 @@ def load_image_folder(root: Path | str, # root/<class>/<image>, at any depth bel
 
 # %% ../../nbs/data/05_folder.ipynb #1ffb6220
 def image_files(folder: Path | str) -> list[Path]:
-    """Image files in a folder and below, sorted; hidden ones are left out.
+    """Image files in a folder and below, sorted; hidden ones, and those in hidden folders, are left out.
 
     FileNotFoundError if the folder is missing or holds none.
     """
     folder = Path(folder)
     if not folder.is_dir(): raise FileNotFoundError(f"there is no folder {folder}; check the path.")
-    def is_image(p): return p.suffix.lower() in IMG_EXTENSIONS and p.is_file() and not p.name.startswith(".")
-    found = sorted(p for p in folder.rglob("*") if is_image(p))
+    def hidden(p): return any(part.startswith(".") for part in p.relative_to(folder).parts)
+    found = sorted(
+        p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and not hidden(p) and p.is_file()
+    )
     if not found: raise FileNotFoundError(f"{folder} holds no images; looked for {', '.join(IMG_EXTENSIONS)}.")
     return found
 

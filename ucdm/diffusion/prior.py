@@ -371,6 +371,7 @@ def load_prior(
         raise
     device = device or default_device()
     try: pipe = _load_pipeline(folder, dtype or default_dtype(device))
+    except (MemoryError, ImportError, torch.OutOfMemoryError): raise # no fault of the files
     except Exception as e:
         raise ValueError(
             f"{folder} cannot be read as a pipeline; delete it and download or copy it again ({type(e).__name__}: {e})."

@@ -88,7 +88,7 @@ def widen(images: ImageSet, *others: ImageSet, # with class names of their own
         )
     first = np.cumsum([0, *(len(p.classes) for p in parts)])
     order = torch.randperm(sum(map(len, parts)), generator=step_generator(seed, "widen", 0))
-    labels = torch.cat([p.labels + int(k) for p, k in zip(parts, first)])
+    labels = torch.cat([torch.where(p.labels < 0, -1, p.labels + int(k)) for p, k in zip(parts, first)])
     return ImageSet(
         torch.cat([p.images for p in parts])[order], labels[order], classes, "+".join(p.name for p in parts)
     )

@@ -124,9 +124,11 @@ class PairQuality:
 
 def pair_quality(pairs: PairSet, seeds: ImageSet, # the labelled seed images, in the order of the pairs
                  judge: Judge) -> PairQuality:
-    "Judge every positive and negative. ValueError if the judge does not know a class of the pairs."
+    "Judge every positive and negative. ValueError for a class that the judge does not know, or a missing label."
     if unknown := [c for c in pairs.classes if c not in judge.classes]:
         raise ValueError(f"the judge does not know {', '.join(unknown)}; it knows {', '.join(judge.classes)}.")
+    if unlabelled := int((seeds.labels < 0).sum()):
+        raise ValueError(f"{unlabelled} of {len(seeds)} seed images have no label; pairs are judged by their classes.")
     p_seed, n = judge.probs(seeds.images), len(seeds)
     truth = torch.tensor([judge.classes.index(seeds.classes[i]) for i in seeds.labels.tolist()])
     rows = [

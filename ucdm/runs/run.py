@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..core.files import CorruptResult, locked
+from ..core.files import clear_partials, CorruptResult, locked
 from ..core.progress import say
 from .code import code_hash
 from .identity import resolve, Resolved
@@ -105,6 +105,7 @@ def run(spec: RunSpec,
     r, folder = resolve(spec), cache_folder(cache)
     path, partial = folder / "runs" / f"{r.hash}.json", folder / "partial" / r.hash
     with locked(folder / "partial" / f"{r.hash}.lock", str(spec)):
+        clear_partials(partial)
         if fresh: forget(r, folder)
         if path.exists():
             try: return read_result(path, spec)
