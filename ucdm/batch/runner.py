@@ -84,7 +84,7 @@ def locked(self: Batch):
     "Hold the folder against other batches. RuntimeError if one has it."
     self._make_folders()
     deadline = time.monotonic() + 10
-    with open(self.out / "cache" / ".batch.lock", "a+") as lock:
+    with open(self.out / "cache" / ".batch.lock", "a+", encoding="utf-8") as lock:
         while True:
             try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB); break
             except OSError:

@@ -50,11 +50,11 @@ class PairStore:
     ):
         self.folder = Path(folder)
         spec_file, self.index_file = self.folder / "spec.json", self.folder / "index.jsonl"
-        found = json.loads(spec_file.read_text()) if spec_file.exists() else None
+        found = json.loads(spec_file.read_text(encoding="utf-8")) if spec_file.exists() else None
         if spec is None and found is None: raise ValueError(f"{self.folder} is not a pair store: it has no spec.json.")
         self.spec = found if spec is None else json.loads(json.dumps(spec))
         if found is None:
-            found = json.loads(write_atomic(spec_file, json.dumps(self.spec, indent=1), once=True).read_text())
+            found = json.loads(write_atomic(spec_file, json.dumps(self.spec, indent=1), once=True).read_bytes())
         if found != self.spec:
             differ = sorted(k for k in {*found, *self.spec} if found.get(k) != self.spec.get(k))
             raise ValueError(
@@ -95,7 +95,7 @@ def lock(self: PairStore):
     if self._locks: # this object has it already
         yield
         return
-    with open(self.folder / ".lock", "a+") as f:
+    with open(self.folder / ".lock", "a+", encoding="utf-8") as f:
         try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             f.seek(0)
