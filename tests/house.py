@@ -35,6 +35,7 @@ LIMITS = {
 LONGEST_MODULE = 400
 PROGRAMS = {  # requirements that are used without being imported
     "build": "tests/test_package.py",
+    "installer": "tests/test_package.py",
     "ipywidgets": "progress bars in notebooks",
     "jupyterlab": "make lab",
     "pytest-timeout": "time limits of the tests",

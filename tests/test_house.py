@@ -257,3 +257,44 @@ def test_defined_twice(root):
     assert not any("twice" in problem for problem in problems(root))
     room(root, "core.classes", "def save(): ...\n\n\ndef save(): ...", number="02")
     assert "ucdm.core.classes defines save twice" in problems(root)
+
+
+@pytest.mark.parametrize("call", [
+    "path.read_text()", "path.write_text('x')", "path.write_text(data='x')", "open(path)", "open(path, 'w')",
+    "open(path, mode='a+')", "path.open()", "path.open('w')", "open(path, 'rb' if raw else 'r')",
+])
+def test_text_without_encoding(root, call):
+    "In a notebook and in a test; with the encoding named, nothing is said."
+    fine = "open(path, 'rb'), path.open('wb'), store.open(ids), Image.open(file), gzip.open(file), os.open(log, flags)"
+    named = f"{call[:-1]}, encoding='utf-8')".replace("(, ", "(")
+    notebook(root / "nbs" / "data" / "02_rose.ipynb", fine, named)
+    assert problems(root) == []
+    notebook(root / "nbs" / "data" / "02_rose.ipynb", call)
+    (root / "tests").mkdir()
+    (root / "tests" / "test_x.py").write_text(call, encoding="utf-8")
+    found = problems(root)
+    assert len(found) == 2 and all(f".{end}: name the encoding: " in line for end, line in zip(("ipynb", "py"), found))
+
+
+def test_requirements_are_what_is_imported(root):
+    "By users: modules and experiments; by developers: the wing dev, demonstrations, tests. Names differ from modules'."
+    room(root, "core.device", "import torch, PIL.Image\nfrom .files import save\nimport os", "import pandas", number="02")
+    room(root, "dev.bench", "def run():\n    import yaml")
+    notebook(root / "nbs" / "experiments" / "paper" / "table_02.ipynb", "size = 3  # how many", tags=["parameters"])
+    (root / "tests").mkdir()
+    (root / "tests" / "helpers.py").touch()
+    (root / "tests" / "test_x.py").write_text("import helpers, pytest", encoding="utf-8")
+
+    def said(users, developers):
+        text = f"[DEFAULT]\nrequirements = {users}\ndev_requirements = {developers}\n"
+        (root / "settings.ini").write_text(text, encoding="utf-8")
+        return problems(root)
+    assert said("torch>=2 Pillow", "pandas pyyaml pytest pytest-xdist") == []
+    assert said("torch>=2", "pandas pyyaml pytest") == [
+        "ucdm/core/device.py: PIL is not among the requirements of settings.ini",
+        "nbs/core/02_device.ipynb: PIL is not among the dev_requirements of settings.ini"]
+    assert said("torch pillow", "pyyaml pytest") == [
+        "nbs/core/02_device.ipynb: pandas is not among the dev_requirements of settings.ini"]
+    assert said("torch pillow pandas", "pyyaml pytest tabulate") == [
+        "settings.ini: nothing imports pandas, one of the requirements",
+        "settings.ini: nothing imports tabulate, one of the dev_requirements"]

@@ -6,7 +6,7 @@
 __all__ = ['PairSet', 'PairStore', 'CorruptShard', 'Report', 'inspect_store', 'repair_store']
 
 # %% ../../nbs/method/05_pair_store.ipynb #6881f99a
-import fcntl, hashlib, json, os
+import hashlib, json, os
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from safetensors.torch import load as load_bytes, load_file, save
 from torch import Tensor
 
 from ..core.files import write_atomic
+from ..core.posix import fcntl
 from .mapped_images import MappedImages
 from .pair_index import Index
 
