@@ -14,12 +14,16 @@ export JUPYTER_PREFER_ENV_PATH := 1
 # Container images like to set this; every start of Python would then compile torch, diffusers and transformers anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-# The environment: uv (the one on PATH, or one fetched with pip) makes .venv and installs what settings.ini asks for.
-# uv does not read pip's configuration, so an index or a certificate set there is handed on.
-$(READY): settings.ini setup.py pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo "ucdm needs Python 3.10 or newer as $(PYTHON); name another one: make PYTHON=python3.11 ..." >&2; exit 1; }
-	@set -e; uv=uv; \
+# The versions that are installed: with these the committed numbers were made. `make LOCK=` takes the newest ones that
+# settings.ini allows, for instance from an index that has others.
+LOCK ?= requirements.lock
+
+# uv, the one on PATH or one fetched with pip. It does not read pip's configuration, so an index or a certificate set
+# there is handed on.
+define uv
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "ucdm needs Python 3.10 or newer as $(PYTHON); name another one: make PYTHON=python3.11 ..." >&2; exit 1; }; \
+	set -e; uv=uv; \
 	if ! uv --version >/dev/null 2>&1; then \
 	  uv=$(VENV)-uv/bin/uv; \
 	  [ -x $$uv ] || { $(PYTHON) -m venv $(VENV)-uv && $(VENV)-uv/bin/python -m pip install -q uv; } >/dev/null 2>&1 \
@@ -30,16 +34,23 @@ $(READY): settings.ini setup.py pyproject.toml
 	if [ -z "$$UV_DEFAULT_INDEX$$UV_INDEX_URL$$UV_INDEX" ]; then \
 	  index=$${PIP_INDEX_URL:-$$(pipconf index-url)}; [ -z "$$index" ] || export UV_DEFAULT_INDEX="$$index"; \
 	fi; \
-	cert=$${SSL_CERT_FILE:-$$(pipconf cert)}; [ -z "$$cert" ] || export SSL_CERT_FILE="$$cert"; \
+	cert=$${SSL_CERT_FILE:-$$(pipconf cert)}; [ -z "$$cert" ] || export SSL_CERT_FILE="$$cert"
+endef
+
+# The environment: uv makes .venv and installs what settings.ini asks for, in the versions of the lock. As constraints
+# they fit any build of torch: an index of builds for CPU or another CUDA offers the same version, and needs less.
+$(READY): settings.ini setup.py pyproject.toml $(LOCK)
+	@$(uv); \
 	[ -x $(BIN)/python ] || $$uv venv -q --python "$$(command -v $(PYTHON))" $(VENV); \
 	echo "Installing ucdm and what it needs into $(VENV) ..."; \
-	$$uv pip install -q --python $(BIN)/python -e '.[dev]'
+	$$uv pip install -q --python $(BIN)/python $(LOCK:%=-c %) -e '.[dev]' || \
+	  { echo "If the index lacks versions of $(LOCK): make LOCK= ... takes others; numbers may then differ." >&2; exit 1; }
 	@touch $@
 
 # notebooks at the same time
 JOBS ?= 2
 
-.PHONY: help reproduce test docs readme lab bench hooks clean distclean
+.PHONY: help reproduce test docs readme lab bench lock hooks clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -62,6 +73,11 @@ lab: $(READY) ## JupyterLab on the notebooks, saved clean
 bench: $(READY) ## speeds on this machine
 	$(BIN)/python -m ucdm.dev.bench $(ARGS)
 	$(BIN)/python -m ucdm.dev.bench_store
+
+lock: ## requirements.lock from settings.ini; ARGS=--upgrade takes the newest versions
+	@$(uv); UV_CUSTOM_COMPILE_COMMAND="make lock" $$uv pip compile -q --universal --python-version 3.10 \
+	  --extra dev --extra cluster --no-emit-index-url --no-emit-find-links --annotation-style line \
+	  -o requirements.lock setup.py $(ARGS)
 
 hooks: $(READY) ## let git merge notebooks cell by cell (nbdev_merge) in this clone
 	@set -e; attributes="$$(git rev-parse --git-path info/attributes)"; hook="$$(git rev-parse --git-path hooks/post-merge)"; \

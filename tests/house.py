@@ -12,6 +12,7 @@ import statistics
 import sys
 import tokenize
 from functools import cache
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import yaml
@@ -32,6 +33,14 @@ LIMITS = {
     "words a prose cell, median": 35,
 }
 LONGEST_MODULE = 400
+PROGRAMS = {  # requirements that are used without being imported
+    "build": "tests/test_package.py",
+    "installer": "tests/test_package.py",
+    "ipywidgets": "progress bars in notebooks",
+    "jupyterlab": "make lab",
+    "pytest-timeout": "time limits of the tests",
+    "pytest-xdist": "tests in several processes",
+}
 
 
 # What there is to look at
@@ -419,8 +428,98 @@ def missing_in_sidebar(root):
     ]
 
 
+# Text files
+
+def text_without_encoding(call):
+    "Whether a call reads or writes text in an encoding that differs from system to system."
+    name, keywords = getattr(call.func, "attr", getattr(call.func, "id", "")), {k.arg: k.value for k in call.keywords}
+    if keywords.keys() & {"encoding", None}: return False
+    if name in ("read_text", "write_text"): return len(call.args) < (1 if name == "read_text" else 2)
+    if name != "open": return False
+    method = isinstance(call.func, ast.Attribute)
+    mode = [*call.args[0 if method else 1:][:1], *(node for name, node in keywords.items() if name == "mode")]
+    modes = [c.value for m in mode for c in ast.walk(m) if isinstance(c, ast.Constant) and isinstance(c.value, str)]
+    if not method: return not mode or any("b" not in m for m in modes)
+    # other classes have an `open`, too: that of a path has a mode or nothing
+    return not (call.args or keywords) or any(re.fullmatch(r"[rwaxt+]+", m) for m in modes)
+
+
+def sources(root):
+    "Every piece of code that a person writes, as (file, source); those of notebooks are cells."
+    found = [(p, python(source)) for p in notebooks(root) for source in cells(p, "code")]
+    files = [*sorted((root / "tests").glob("*.py")), *root.glob("setup.py")]
+    return found + [(p, p.read_text(encoding="utf-8")) for p in files]
+
+
+def without_encoding(root):
+    "Text that is read or written without saying how, which is UTF-8 on one system and something else on another."
+    return [
+        f"{place(file, root)}: name the encoding: {ast.unparse(node)[:100]}"
+        for file, source in sources(root) for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and text_without_encoding(node)
+    ]
+
+
+# Requirements
+
+def normal(name): return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def requirements(root):
+    "The names of what settings.ini requires, list by list."
+    file = root / "settings.ini"
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    lists = re.findall(r"^(\w*requirements) *=(.*)$", text, re.M)
+    return {name: {normal(re.match(r"[\w.-]+", item)[0]) for item in items.split()} for name, items in lists}
+
+
+def foreign_imports(source):
+    "The packages outside the standard library that some code imports."
+    nodes = list(ast.walk(ast.parse(source)))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    return {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"ucdm"}
+
+
+def needed(root):
+    """What is imported, as (package, file) for each: by those who use it, and by those who work on it.
+
+    Users have the modules and the experiments. The wing `dev`, the tests and what a library notebook shows is for
+    developers.
+    """
+    users, developers, own = set(), set(), {p.stem for p in (root / "tests").glob("*.py")}
+    for name, file in modules(root).items():
+        found = users if wing(name) != "dev" else developers
+        found |= {(package, file) for package in foreign_imports(file.read_text(encoding="utf-8"))}
+    for file, source in sources(root):
+        found = users if root / "nbs" / "experiments" in file.parents else developers
+        found |= {(package, file) for package in foreign_imports(source) - own}
+    return users, developers
+
+
+def undeclared(root):
+    "Imports that settings.ini does not require, and requirements that nothing imports."
+    if not (lists := requirements(root)): return []
+    known, (users, developers) = packages_distributions(), needed(root)
+    def names(package): return {normal(name) for name in known.get(package, [package])}
+    theirs = lists.get("requirements", set()) | lists.get("cluster_requirements", set())
+    problems = [
+        f"{place(file, root)}: {package} is not among the {kind} of settings.ini"
+        for imports, required, kind in ((users, theirs, "requirements"),
+                                        (developers, set.union(*lists.values()), "dev_requirements"))
+        for package, file in sorted(imports) if not names(package) & required
+    ]
+    used = {name for package, _ in users for name in names(package)} | PROGRAMS.keys()
+    everywhere = used | {name for package, _ in developers for name in names(package)}
+    return problems + [
+        f"settings.ini: nothing imports {name}, one of the {kind}"
+        for kind, required in lists.items()
+        for name in sorted(required - (used if kind == "requirements" else everywhere))
+    ]
+
+
 RULES = [over_limits, long_cells, long_lines, long_modules, misplaced, twice, circles, backward, missing_names,
-         missing_imports]
+         missing_imports, without_encoding, undeclared]
 
 
 def check(root):

@@ -86,7 +86,7 @@ def parameter_problems(notebook):
 
 def metadata_problems(notebook):
     "What keeps `papermill NOTEBOOK OUT` from starting (no kernel named), or bloats the file (widget states)."
-    keys = set(json.loads(notebook.read_text())["metadata"])
+    keys = set(json.loads(notebook.read_text(encoding="utf-8"))["metadata"])
     return (
         []
         if keys == {"kernelspec"}

@@ -17,7 +17,7 @@ def notebook(file, *cells, tags=()):
         for cell in cells
     ]
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(dict(cells=content, metadata={}, nbformat=4, nbformat_minor=5)))
+    file.write_text(json.dumps(dict(cells=content, metadata={}, nbformat=4, nbformat_minor=5)), encoding="utf-8")
 
 
 def room(root, name, code, *more, number="01"):
@@ -26,14 +26,14 @@ def room(root, name, code, *more, number="01"):
     notebook(root / "nbs" / wing / f"{number}_{module}.ipynb", f"#| default_exp {name}", f"#| export\n{code}", *more)
     (root / "ucdm" / wing).mkdir(parents=True, exist_ok=True)
     (root / "ucdm" / wing / "__init__.py").touch()
-    (root / "ucdm" / wing / f"{module}.py").write_text(code)
+    (root / "ucdm" / wing / f"{module}.py").write_text(code, encoding="utf-8")
 
 
 @pytest.fixture
 def root(tmp_path):
     "A small repository in which everything is as it should be."
     (tmp_path / "ucdm").mkdir()
-    (tmp_path / "ucdm" / "__init__.py").write_text('__version__ = "1"')
+    (tmp_path / "ucdm" / "__init__.py").write_text('__version__ = "1"', encoding="utf-8")
     room(tmp_path, "core.files", "def save(path): ...", "md:A file is written at once.")
     images = "from ucdm.core.files import save\n\nclass Images:\n    def __init__(self): self.n = 0"
     room(tmp_path, "data.images", images,
@@ -42,9 +42,11 @@ def root(tmp_path):
     experiments = tmp_path / "nbs" / "experiments"
     notebook(experiments / "paper" / "table_01.ipynb", "size = 3  # how many", tags=["parameters"])
     (experiments / "profiles").mkdir()
-    (experiments / "profiles" / "quick.yml").write_text("notebooks: {table_01: {parameters: {size: 4}}}")
-    (tmp_path / "nbs" / "sidebar.yml").write_text("contents: [index.ipynb, data/*.ipynb]")
-    (tmp_path / "README.md").write_text("[images](nbs/data/01_images.ipynb), `python -m ucdm.data.images`")
+    profile = "notebooks: {table_01: {parameters: {size: 4}}}"
+    (experiments / "profiles" / "quick.yml").write_text(profile, encoding="utf-8")
+    (tmp_path / "nbs" / "sidebar.yml").write_text("contents: [index.ipynb, data/*.ipynb]", encoding="utf-8")
+    readme = "[images](nbs/data/01_images.ipynb), `python -m ucdm.data.images`"
+    (tmp_path / "README.md").write_text(readme, encoding="utf-8")
     return tmp_path
 
 
@@ -114,9 +116,9 @@ def test_long_prose(root):
 
 def test_long_module(root):
     file = root / "ucdm" / "core" / "files.py"
-    file.write_text("def save(path): ...\n" + "#\n" * 399)
+    file.write_text("def save(path): ...\n" + "#\n" * 399, encoding="utf-8")
     assert problems(root) == []
-    file.write_text("def save(path): ...\n" + "#\n" * 400)
+    file.write_text("def save(path): ...\n" + "#\n" * 400, encoding="utf-8")
     assert problems(root) == ["ucdm.core.files: 401 lines, at most 400"]
 
 
@@ -206,7 +208,7 @@ def test_import_of_what_is_not_there(root, code):
 def test_import_of_what_is_not_there_in_a_demonstration_or_test(root):
     notebook(root / "nbs" / "data" / "02_rose.ipynb", "from ucdm.core.files import save, gone")
     (root / "tests").mkdir()
-    (root / "tests" / "test_x.py").write_text("from ucdm.gone import x")
+    (root / "tests" / "test_x.py").write_text("from ucdm.gone import x", encoding="utf-8")
     assert problems(root) == ["nbs/data/02_rose.ipynb: there is no ucdm.core.files.gone to import",
                               "tests/test_x.py: there is no ucdm.gone.x to import"]
 
@@ -234,7 +236,7 @@ def test_patched_method(root):
 ])
 def test_name_in_another_file(root, file, text, name):
     (root / file).parent.mkdir(parents=True, exist_ok=True)
-    (root / file).write_text(text)
+    (root / file).write_text(text, encoding="utf-8")
     assert problems(root) == [f"{file}: there is no {name}"]
 
 
@@ -243,7 +245,7 @@ def test_command(root):
     command = [sys.executable, Path(house.__file__), root]
     fine = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert fine.returncode == 0 and "exported cells, median lines" in fine.stdout and "\n0 problems" in fine.stdout
-    (root / "README.md").write_text("ucdm.gone")
+    (root / "README.md").write_text("ucdm.gone", encoding="utf-8")
     bad = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert bad.returncode == 1 and "README.md: there is no ucdm.gone\n1 problems" in bad.stdout
 
@@ -255,3 +257,44 @@ def test_defined_twice(root):
     assert not any("twice" in problem for problem in problems(root))
     room(root, "core.classes", "def save(): ...\n\n\ndef save(): ...", number="02")
     assert "ucdm.core.classes defines save twice" in problems(root)
+
+
+@pytest.mark.parametrize("call", [
+    "path.read_text()", "path.write_text('x')", "path.write_text(data='x')", "open(path)", "open(path, 'w')",
+    "open(path, mode='a+')", "path.open()", "path.open('w')", "open(path, 'rb' if raw else 'r')",
+])
+def test_text_without_encoding(root, call):
+    "In a notebook and in a test; with the encoding named, nothing is said."
+    fine = "open(path, 'rb'), path.open('wb'), store.open(ids), Image.open(file), gzip.open(file), os.open(log, flags)"
+    named = f"{call[:-1]}, encoding='utf-8')".replace("(, ", "(")
+    notebook(root / "nbs" / "data" / "02_rose.ipynb", fine, named)
+    assert problems(root) == []
+    notebook(root / "nbs" / "data" / "02_rose.ipynb", call)
+    (root / "tests").mkdir()
+    (root / "tests" / "test_x.py").write_text(call, encoding="utf-8")
+    found = problems(root)
+    assert len(found) == 2 and all(f".{end}: name the encoding: " in line for end, line in zip(("ipynb", "py"), found))
+
+
+def test_requirements_are_what_is_imported(root):
+    "By users: modules and experiments; by developers: the wing dev, demonstrations, tests. Names differ from modules'."
+    room(root, "core.device", "import torch, PIL.Image\nfrom .files import save\nimport os", "import pandas", number="02")
+    room(root, "dev.bench", "def run():\n    import yaml")
+    notebook(root / "nbs" / "experiments" / "paper" / "table_02.ipynb", "size = 3  # how many", tags=["parameters"])
+    (root / "tests").mkdir()
+    (root / "tests" / "helpers.py").touch()
+    (root / "tests" / "test_x.py").write_text("import helpers, pytest", encoding="utf-8")
+
+    def said(users, developers):
+        text = f"[DEFAULT]\nrequirements = {users}\ndev_requirements = {developers}\n"
+        (root / "settings.ini").write_text(text, encoding="utf-8")
+        return problems(root)
+    assert said("torch>=2 Pillow", "pandas pyyaml pytest pytest-xdist") == []
+    assert said("torch>=2", "pandas pyyaml pytest") == [
+        "ucdm/core/device.py: PIL is not among the requirements of settings.ini",
+        "nbs/core/02_device.ipynb: PIL is not among the dev_requirements of settings.ini"]
+    assert said("torch pillow", "pyyaml pytest") == [
+        "nbs/core/02_device.ipynb: pandas is not among the dev_requirements of settings.ini"]
+    assert said("torch pillow pandas", "pyyaml pytest tabulate") == [
+        "settings.ini: nothing imports pandas, one of the requirements",
+        "settings.ini: nothing imports tabulate, one of the dev_requirements"]

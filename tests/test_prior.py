@@ -86,7 +86,7 @@ def test_layout_of_the_published_weights(folder, tmp_path):
         old / "vae/diffusion_pytorch_model.safetensors",
         metadata={"format": "pt"},
     )
-    config = json.loads((old / "vae/config.json").read_text())
+    config = json.loads((old / "vae/config.json").read_text(encoding="utf-8"))
     kept = (
         "_class_name",
         "act_fn",
@@ -100,23 +100,26 @@ def test_layout_of_the_published_weights(folder, tmp_path):
         "sample_size",
         "up_block_types",
     )
-    (old / "vae/config.json").write_text(json.dumps({k: config[k] for k in kept} | {"_diffusers_version": "0.8.0"}))
-    tokenizer = json.loads((folder / "tokenizer/tokenizer.json").read_text())["model"]
+    config = {k: config[k] for k in kept} | {"_diffusers_version": "0.8.0"}
+    (old / "vae/config.json").write_text(json.dumps(config), encoding="utf-8")
+    tokenizer = json.loads((folder / "tokenizer/tokenizer.json").read_text(encoding="utf-8"))["model"]
     shutil.rmtree(old / "tokenizer")
     (old / "tokenizer").mkdir()
     special = dict(bos_token="<|startoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>")
-    (old / "tokenizer/vocab.json").write_text(json.dumps(tokenizer["vocab"]))
+    (old / "tokenizer/vocab.json").write_text(json.dumps(tokenizer["vocab"]), encoding="utf-8")
     (old / "tokenizer/merges.txt").write_text(
-        "#version: 0.2\n" + "".join(f"{m if isinstance(m, str) else ' '.join(m)}\n" for m in tokenizer["merges"])
+        "#version: 0.2\n" + "".join(f"{m if isinstance(m, str) else ' '.join(m)}\n" for m in tokenizer["merges"]),
+        encoding="utf-8",
     )
-    (old / "tokenizer/special_tokens_map.json").write_text(json.dumps(special | {"pad_token": "!"}))
+    (old / "tokenizer/special_tokens_map.json").write_text(json.dumps(special | {"pad_token": "!"}), encoding="utf-8")
     (old / "tokenizer/tokenizer_config.json").write_text(
-        json.dumps(special | {"pad_token": "<|endoftext|>", "model_max_length": 77, "tokenizer_class": "CLIPTokenizer"})
+        json.dumps(special | {"pad_token": "<|endoftext|>", "model_max_length": 77, "tokenizer_class": "CLIPTokenizer"}),
+        encoding="utf-8",
     )
-    index = json.loads((old / "model_index.json").read_text())
+    index = json.loads((old / "model_index.json").read_text(encoding="utf-8"))
     # a class that is gone; it belongs to the safety checker
     index["feature_extractor"] = ["transformers", "CLIPFeatureExtractor"]
-    (old / "model_index.json").write_text(json.dumps(index))
+    (old / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
 
     new, old = load(folder), load(old)
     images = torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -142,7 +145,7 @@ def test_weights_in_shards(folder, tmp_path):
 def test_configuration_of_another_model(folder, tmp_path, part, changes, message):
     shutil.copytree(folder, other := tmp_path / "other")
     file = other / part / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | changes), encoding="utf-8")
     with pytest.raises(ValueError, match=message): load(other)
 
 
@@ -268,7 +271,7 @@ def hub(folder, tmp_path):
                 text=True,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=open(tmp_path / "stderr", "a"),
+                stderr=open(tmp_path / "stderr", "a", encoding="utf-8"),
             )
         )
         return processes[-1]
@@ -395,7 +398,7 @@ def test_two_processes_one_dies(tmp_path):
     assert launched.wait(300) != 0 and not [
         p for p in workers if p.is_running() and p.status() != psutil.STATUS_ZOMBIE
     ], "the other one is ended too"
-    made = len(index.read_text().splitlines())
+    made = len(index.read_text(encoding="utf-8").splitlines())
     assert 1 <= made < 5
 
     launched = pairs_command(together, 2)
@@ -405,7 +408,7 @@ def test_two_processes_one_dies(tmp_path):
     said = single.communicate()[0]
     assert single.returncode == 0, said
     assert files(together) == files(alone)
-    assert len(index.read_text().splitlines()) == 5
+    assert len(index.read_text(encoding="utf-8").splitlines()) == 5
 
 
 # memory
@@ -476,7 +479,7 @@ def test_compile_without_a_compiler(tmp_path):
     code = "import torch\nfrom ucdm.diffusion.prior import load_prior\n" \
         "prior = load_prior(device='cpu', dtype=torch.float32)\nx, text = torch.zeros(2, *prior.latent_shape), prior.embed(['', ''])\nplain = prior.predict(x, 1, text)\n" \
         "prior.compile()\nassert torch.allclose(prior.predict(x, 1, text), plain, atol=1e-4) and not prior.fixed_shapes"
-    (broken := tmp_path / "broken").write_text("#!/bin/sh\nexit 1\n")
+    (broken := tmp_path / "broken").write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
     broken.chmod(0o755)
     for compiler in (tmp_path / "none", broken):
         env = os.environ | {

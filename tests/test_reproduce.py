@@ -48,7 +48,7 @@ def project(tmp_path):
         for name, nb in notebooks.items():
             nb.cells[-1].source = nb.cells[-1].source.replace("NAME", repr(name))
             nbformat.write(nb, home / f"{name}.ipynb")
-        (home / "profiles" / "quick.yml").write_text(yaml.safe_dump(profile or {}))
+        (home / "profiles" / "quick.yml").write_text(yaml.safe_dump(profile or {}), encoding="utf-8")
         return tmp_path
     return fill
 
@@ -70,7 +70,7 @@ def test_all_run_and_are_kept(project):
     assert (folder / "out" / "index.html").exists() and (folder / "out" / "notebooks" / "table_01.ipynb").exists()
     status, said, _ = batch(folder)
     assert status == 0 and said.count("already done") == 2
-    assert "invocations" not in (folder / "out" / "index.html").read_text()
+    assert "invocations" not in (folder / "out" / "index.html").read_text(encoding="utf-8")
     project(dict(notebooks=dict(table_01=dict(parameters=dict(size=4)))))
     status, said, _ = batch(folder)
     assert status == 0 and said.count("already done") == 1 and "table_01  done" in said
@@ -106,13 +106,13 @@ multiprocessing.parent_process() is not None"""
         assert "[2.0, 3.0]\n" in [o.get("text") for o in outputs]
         assert any("image/png" in o.get("data", {}) for o in outputs)
         assert str(can_fork()) in [o["data"]["text/plain"] for o in outputs if "data" in o]
-        assert not (folder / "out" / "logs" / f"{name}.log").read_text().strip()
+        assert not (folder / "out" / "logs" / f"{name}.log").read_text(encoding="utf-8").strip()
 
 
 @pytest.mark.parametrize("missing", ["no_such_module", "broken"])
 def test_import_that_fails(project, tmp_path, monkeypatch, missing):
     "What the notebooks share cannot be imported: each says so, as it would alone."
-    (tmp_path / "broken.py").write_text("raise RuntimeError('broken on purpose')")
+    (tmp_path / "broken.py").write_text("raise RuntimeError('broken on purpose')", encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     folder = project(table_01=notebook(body=f"import {missing}"), table_02=notebook(body=f"import {missing}"))
     status, said, _ = batch(folder)
@@ -135,7 +135,7 @@ def test_one_fails(project):
     assert status == 1
     assert "table_01: failed: ZeroDivisionError: division by zero" in said and "table_02  done" in said
     assert "The same command goes on where this one stopped" in said
-    page = (folder / "out" / "index.html").read_text()
+    page = (folder / "out" / "index.html").read_text(encoding="utf-8")
     assert "ZeroDivisionError" in page
     project(table_01=notebook(body="0 / 1"))
     status, said, _ = batch(folder)
@@ -214,13 +214,13 @@ def until(condition, seconds=60):
 def alive(pid):
     "Whether a process runs (a dead one that nobody has asked about yet does not)."
     try:
-        with open(f"/proc/{pid}/stat") as f: return f.read().rpartition(")")[2].split()[0] not in "ZX"
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as f: return f.read().rpartition(")")[2].split()[0] not in "ZX"
     except OSError: return False
 
 
 def begun(folder):
     mark = folder / "begun"
-    return int(mark.read_text()) if mark.exists() and mark.read_text() else None
+    return int(mark.read_text(encoding="utf-8")) if mark.exists() and mark.read_text(encoding="utf-8") else None
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
@@ -242,13 +242,13 @@ def test_stopped_and_resumed(project, tmp_path, how):
     (folder / "go").touch()
     status, said, _ = batch(folder)
     assert status == 0 and "a  already done" in said and "b  done" in said
-    held = json.loads((folder / "out" / "results" / "batch.json").read_text())
+    held = json.loads((folder / "out" / "results" / "batch.json").read_text(encoding="utf-8"))
     assert [s["notebooks"] for s in held["invocations"]] == [1, 1] and held["invocations"][1]["seconds"] >= held[
         "jobs"
     ]["b"]["seconds"]
     # who is killed writes nothing down
     assert held["jobs"]["b"]["invocations"] == [s["started"] for s in held["invocations"]][how == signal.SIGKILL:]
-    assert "in 2 invocations" in (folder / "out" / "index.html").read_text()
+    assert "in 2 invocations" in (folder / "out" / "index.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("warm", [False, True])
@@ -312,7 +312,7 @@ def test_on_request(project):
     status, said, _ = batch(folder, "--only", "table_02")
     assert status == 0 and "table_02  done" in said
     shutil.rmtree(folder / "out" / "notebooks")
-    page = lambda: batch(folder, "--page")[0] == 0 and (folder / "out" / "index.html").read_text()
+    page = lambda: batch(folder, "--page")[0] == 0 and (folder / "out" / "index.html").read_text(encoding="utf-8")
     assert 'href="../nbs/experiments/table_02.ipynb"' in page()
     (folder / "nbs" / "experiments" / "table_02.ipynb").unlink()
     project()
@@ -330,7 +330,7 @@ def test_results_are_json(project):
     "What the batch leaves for machines can be read by them."
     folder = project(table_01=notebook())
     batch(folder)
-    held = json.loads((folder / "out" / "results" / "batch.json").read_text())
+    held = json.loads((folder / "out" / "results" / "batch.json").read_text(encoding="utf-8"))
     assert held["jobs"]["table_01"]["status"] == "done"
     assert {"python", "packages", "device", "commit", "started"} <= held.keys()
     invocation, = held["invocations"]
@@ -424,12 +424,12 @@ def test_page_alone(project):
     "The page of a folder without its executed notebooks: the same claims and facts, links to the sources, nothing run."
     folder = project(table_01=notebook(), table_02=notebook(body="1 / 0"))
     assert batch(folder)[0] == 1
-    facts = json.loads((folder / "out" / "results" / "batch.json").read_text())
+    facts = json.loads((folder / "out" / "results" / "batch.json").read_text(encoding="utf-8"))
     shutil.rmtree(folder / "out" / "notebooks")
     status, said, _ = batch(folder, "--page")
     assert status == 0 and "started" not in said
-    assert json.loads((folder / "out" / "results" / "batch.json").read_text()) == facts
-    page = (folder / "out" / "index.html").read_text()
+    assert json.loads((folder / "out" / "results" / "batch.json").read_text(encoding="utf-8")) == facts
+    page = (folder / "out" / "index.html").read_text(encoding="utf-8")
     links = [link for link in re.findall(r'href="([^"#]+)"', page)]
     assert "../nbs/experiments/table_01.ipynb" in links and all((folder / "out" / link).exists() for link in links)
     assert "ZeroDivisionError" in page and "holds at this scale" in page

@@ -150,8 +150,8 @@ def test_full_disk_while_generating(tmp_path, prior, seeds):
     (lambda f: shutil.rmtree(f), "no prior .*not a packaged prior"),
     (lambda f: (f / "model_index.json").unlink(), "is not a diffusers pipeline: it has no model_index.json"),
     (lambda f: shutil.rmtree(f / "unet"), "is not a whole pipeline: the folders unet are missing"),
-    (lambda f: (f / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}'), "holds a StableDiffusionXLPipeline"),
-    (lambda f: (f / "model_index.json").write_text("{"), r"model_index.json is truncated or damaged .*Delete .*model_index.json and download or copy it again"),
+    (lambda f: (f / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}', encoding="utf-8"), "holds a StableDiffusionXLPipeline"),
+    (lambda f: (f / "model_index.json").write_text("{", encoding="utf-8"), r"model_index.json is truncated or damaged .*Delete .*model_index.json and download or copy it again"),
     (lambda f: (f / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut off"), r"unet/diffusion_pytorch_model.safetensors is truncated or damaged .*Delete .* and download or copy it again"),
 ])
 def test_prior_that_is_no_pipeline(tmp_path, break_it, message):
@@ -238,8 +238,9 @@ def test_damaged_result(done, tmp_path):
     cache, result = done
     shutil.copytree(cache, tmp_path / "cache")
     path = tmp_path / "cache" / "runs" / f"{spec_hash(SPEC)}.json"
-    for content in (path.read_text()[:200], path.read_text().replace('"closed": ', '"closed": 1')):
-        path.write_text(content)
+    whole = path.read_text(encoding="utf-8")
+    for content in (whole[:200], whole.replace('"closed": ', '"closed": 1')):
+        path.write_text(content, encoding="utf-8")
         with pytest.warns(UserWarning, match=f"{path.name}.*computed again"):
             again = run(SPEC, tmp_path / "cache", progress=False)
         assert again.protocols == result.protocols
@@ -303,7 +304,7 @@ def test_run_with_stable_diffusion_2(tmp_path):
 
 
 def test_cache_is_ignored_by_git(tmp_path):
-    assert (cache_folder(tmp_path / "cache") / ".gitignore").read_text() == "*\n"
+    assert (cache_folder(tmp_path / "cache") / ".gitignore").read_text(encoding="utf-8") == "*\n"
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")

@@ -65,7 +65,7 @@ def test_commands(tmp_path):
     assert command("repair", tmp_path)[0] == 0
     status, printed = command("status", tmp_path, "--seeds", "8")
     assert status == 1 and "2 of 8 seeds missing, the first is 2" in printed
-    (tmp_path / "ids").write_text("7\n3\n6\n")
+    (tmp_path / "ids").write_text("7\n3\n6\n", encoding="utf-8")
     status, printed = command("status", tmp_path, "--ids", tmp_path / "ids")
     assert status == 1 and "1 of 3 seeds missing, the first is 3" in printed
     assert command("verify", tmp_path)[0] == 0 and not bad.exists()
@@ -132,5 +132,5 @@ def test_begun_with_different_specifications(tmp_path):
     for kind, p in processes.items():
         won = p.communicate()[0].split()
         assert p.returncode == 0
-        assert [i for i in won if json.loads((tmp_path / i / "spec.json").read_text()) != dict(kind=kind)] == []
+        assert [i for i in won if json.loads((tmp_path / i / "spec.json").read_bytes()) != dict(kind=kind)] == []
     assert len(list(tmp_path.iterdir())) == 100

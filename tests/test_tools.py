@@ -33,12 +33,13 @@ def test_hooks_are_added(clone):
     "What stands in the attributes stays; twice is once; a hook that was ours names this environment again."
     attributes, hook = clone / ".git" / "info" / "attributes", clone / ".git" / "hooks" / "post-merge"
     attributes.parent.mkdir(exist_ok=True)
-    attributes.write_text("*.png binary")
+    attributes.write_text("*.png binary", encoding="utf-8")
     for _ in range(2):
         assert hooks(clone) == (0, "")
-        assert attributes.read_text().split("\n") == ["*.png binary", LINE, ""]
-        assert f'exec "{clone}/.venv/bin/nbdev_trust" nbs\n' in hook.read_text() and os.access(hook, os.X_OK)
-        hook.write_text('#!/bin/sh\nexec "/elsewhere/bin/nbdev_trust" nbs\n')
+        assert attributes.read_text(encoding="utf-8").split("\n") == ["*.png binary", LINE, ""]
+        assert f'exec "{clone}/.venv/bin/nbdev_trust" nbs\n' in hook.read_text(encoding="utf-8")
+        assert os.access(hook, os.X_OK)
+        hook.write_text('#!/bin/sh\nexec "/elsewhere/bin/nbdev_trust" nbs\n', encoding="utf-8")
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -47,11 +48,11 @@ def test_hooks_of_others_stay(clone, shared):
     folder = clone / "all my hooks" if shared else clone / ".git" / "hooks"
     folder.mkdir(exist_ok=True)
     if shared: subprocess.run(["git", "-C", clone, "config", "core.hooksPath", folder], check=True)
-    else: (folder / "post-merge").write_text("#!/bin/sh\necho mine\n")
-    before = {p: p.read_text() for p in folder.iterdir()}
+    else: (folder / "post-merge").write_text("#!/bin/sh\necho mine\n", encoding="utf-8")
+    before = {p: p.read_bytes() for p in folder.iterdir()}
     status, said = hooks(clone)
-    assert status and "nothing was changed" in said and {p: p.read_text() for p in folder.iterdir()} == before
-    assert "nbdev" not in (clone / ".git" / "config").read_text()
+    assert status and "nothing was changed" in said and {p: p.read_bytes() for p in folder.iterdir()} == before
+    assert "nbdev" not in (clone / ".git" / "config").read_text(encoding="utf-8")
 
 
 def test_notebooks_that_never_started():

@@ -207,7 +207,7 @@ def __call__(self: Starter, log: Path, # where its output goes
 def _start(self: Starter, log, env, args):
     "A process that starts from nothing."
     code = "import sys; from ucdm.batch.kernels import execute; sys.exit(execute(*sys.argv[1:]))"
-    with open(log, "w") as sink:
+    with open(log, "wb") as sink:
         streams = dict(stdout=sink, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
         command = [sys.executable, "-c", code, *args, str(os.getpid())]
         process = subprocess.Popen(command, **streams, env=env, start_new_session=True, pass_fds=[self.lock])

@@ -6,7 +6,7 @@
 __all__ = ['Batch']
 
 # %% ../../nbs/batch/08_runner.ipynb #514a5a46
-import fcntl, json, os, shutil, signal, threading, time
+import json, os, shutil, signal, threading, time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +19,7 @@ from .comparison import compare_tables, describe_differences
 from .kernels import first_lines, kill_tree, Outcome, QUIET, Starter
 from .page import write_summary
 from .profiles import Experiment, Job
+from ..core.posix import fcntl
 from ..core.progress import human_time
 
 # %% ../../nbs/batch/08_runner.ipynb #608da4de
@@ -84,7 +85,7 @@ def locked(self: Batch):
     "Hold the folder against other batches. RuntimeError if one has it."
     self._make_folders()
     deadline = time.monotonic() + 10
-    with open(self.out / "cache" / ".batch.lock", "a+") as lock:
+    with open(self.out / "cache" / ".batch.lock", "a+", encoding="utf-8") as lock:
         while True:
             try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB); break
             except OSError:

@@ -219,9 +219,15 @@ app = typer.Typer(
 )
 
 def _root() -> Path:
-    "The repository that the working folder is in."
-    from nbdev.config import get_config
-    return Path(get_config().config_path).resolve()
+    "The repository that the working folder is in. Exit status 2, with a line that says why, without nbdev or a checkout."
+    try:
+        from nbdev.config import get_config
+        root = Path(get_config().config_path).resolve()
+        problem = "" if (root/"nbs"/"index.ipynb").exists() else f"{root} is no checkout of the repository: run it there"
+    except ModuleNotFoundError as e: problem = f"there is no {e.name} here: install the tools, pip install 'ucdm[dev]'"
+    if not problem: return root
+    print(f"ucdm-docs: {problem}.", file=sys.stderr)
+    raise typer.Exit(2)
 
 # %% ../../nbs/dev/02_docs.ipynb #4865cfbb
 @app.command()

@@ -52,7 +52,7 @@ def load_judge(name_or_path: str = "fashion-mnist") -> Judge:
     folder = PACKAGED_JUDGES / name_or_path if (PACKAGED_JUDGES / name_or_path).is_dir() else Path(name_or_path)
     if not (folder / "judge.json").is_file():
         raise FileNotFoundError(f"no judge at {folder}; train one with train_judge and save it there.")
-    record = json.loads((folder / "judge.json").read_text())
+    record = json.loads((folder / "judge.json").read_text(encoding="utf-8"))
     model, weights = WideResNet(len(record["classes"]), depth=record["depth"]), load_file(folder / "judge.safetensors")
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
     return Judge(model, record.pop("classes"), record)

@@ -6,7 +6,7 @@
 __all__ = ['PairSet', 'PairStore', 'CorruptShard', 'Report', 'inspect_store', 'repair_store']
 
 # %% ../../nbs/method/05_pair_store.ipynb #6881f99a
-import fcntl, hashlib, json, os
+import hashlib, json, os
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from safetensors.torch import load as load_bytes, load_file, save
 from torch import Tensor
 
 from ..core.files import write_atomic
+from ..core.posix import fcntl
 from .mapped_images import MappedImages
 from .pair_index import Index
 
@@ -50,11 +51,11 @@ class PairStore:
     ):
         self.folder = Path(folder)
         spec_file, self.index_file = self.folder / "spec.json", self.folder / "index.jsonl"
-        found = json.loads(spec_file.read_text()) if spec_file.exists() else None
+        found = json.loads(spec_file.read_text(encoding="utf-8")) if spec_file.exists() else None
         if spec is None and found is None: raise ValueError(f"{self.folder} is not a pair store: it has no spec.json.")
         self.spec = found if spec is None else json.loads(json.dumps(spec))
         if found is None:
-            found = json.loads(write_atomic(spec_file, json.dumps(self.spec, indent=1), once=True).read_text())
+            found = json.loads(write_atomic(spec_file, json.dumps(self.spec, indent=1), once=True).read_bytes())
         if found != self.spec:
             differ = sorted(k for k in {*found, *self.spec} if found.get(k) != self.spec.get(k))
             raise ValueError(
@@ -95,7 +96,7 @@ def lock(self: PairStore):
     if self._locks: # this object has it already
         yield
         return
-    with open(self.folder / ".lock", "a+") as f:
+    with open(self.folder / ".lock", "a+", encoding="utf-8") as f:
         try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             f.seek(0)

@@ -44,7 +44,7 @@ def _each(folders: list[Path], look: Callable) -> None: # look: store -> (whethe
 # %% ../../nbs/method/06_store_commands.ipynb #cbe2b6fd
 def read_ids(file: Path) -> list[int]:
     "Seed image ids from a file: one a line, or a JSON list. ValueError if they are no whole numbers."
-    text = file.read_text()
+    text = file.read_text(encoding="utf-8")
     try: return [int(i) for i in (json.loads(text) if text.lstrip().startswith("[") else text.split())]
     except (ValueError, TypeError) as e:
         raise ValueError(f"{file} must hold whole numbers, one a line or as a JSON list ({e}).") from None

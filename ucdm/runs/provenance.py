@@ -6,11 +6,12 @@
 __all__ = ['device_name', 'peak_memory_mb', 'git_state', 'provenance']
 
 # %% ../../nbs/runs/05_provenance.ipynb #9e92172e
-import os, platform, re, resource, subprocess, sys
+import os, platform, re, subprocess, sys
 from datetime import datetime, timezone
 from pathlib import Path
 
 from ..core.files import PACKAGE
+from ..core.posix import resource
 
 # %% ../../nbs/runs/05_provenance.ipynb #ff274581
 def device_name(torch) -> str:
