@@ -1,5 +1,7 @@
+import psutil
 import pytest
 import torch
+from processes import kill_tree
 
 
 @pytest.fixture
@@ -9,3 +11,21 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    "Let fixtures know how a test went."
+    report = yield
+    item.went_wrong = getattr(item, "went_wrong", False) or report.failed
+    return report
+
+
+@pytest.fixture(autouse=True)
+def nothing_runs_on(request):
+    "Processes of a test that failed, or was stopped at its time limit, end with it."
+    before = {p.pid for p in psutil.Process().children()}
+    yield
+    if getattr(request.node, "went_wrong", False):
+        for process in psutil.Process().children():
+            if process.pid not in before: kill_tree(process.pid)
