@@ -37,6 +37,7 @@ from ucdm.runs.identity import is_packaged, Resolved, resolve, spec_hash
 from ucdm.runs.pools import fill_pools, fill_with, pool_folder, pool_folders, read_pairs, run_data
 from ucdm.runs.registry import PROBLEMS, register_problem
 from ucdm.runs.result import read_result, RunResult, write_result
+from ucdm.runs.run import run
 from ucdm.runs.spec import describe, RunSpec
 
 SPEC = RunSpec(n_seeds=12, n_test=10, mismatch=0.5, pairs=dict(steps=2))
@@ -108,6 +109,19 @@ def test_write_summary(batch):
     write_summary(batch)
     assert list(json.loads(record.read_text())["jobs"]) == [job.name]
     assert not list(batch.out.rglob("*.partial"))
+
+
+def test_page_of_a_batch_that_was_killed(batch):
+    "Killed after a notebook was done and before its page was made: the next call makes it, though it runs nothing."
+    job = batch.jobs[0]
+    leave(batch, job, job.key)
+    batch._make_folders()
+    assert batch.run_job(job).status == "kept"
+    write_summary(batch)
+    page = batch.notebook(job).with_suffix(".html")
+    made = page.stat().st_mtime_ns
+    write_summary(batch)
+    assert page.stat().st_mtime_ns == made, "once"
 
 
 def test_read_experiment(tmp_path):
@@ -300,6 +314,16 @@ def test_result_of_another_run(tmp_path):
         read_result(tmp_path / "a.json", replace(SPEC, seed=1))
     (tmp_path / "a.json").write_text((tmp_path / "a.json").read_text().replace("50.0", "90.0"))
     with pytest.raises(CorruptResult, match="was altered since it was written"): read_result(tmp_path / "a.json")
+
+
+def test_checkpoint_of_a_run_that_was_killed(tmp_path):
+    "Killed after its result was written and before its checkpoint was removed: the next call removes it."
+    write_result(tmp_path / "runs" / f"{spec_hash(SPEC)}.json", result())
+    left = [tmp_path / "partial" / f"{spec_hash(SPEC)}{end}" for end in ("", ".1234abcd.partial")]
+    left[0].parent.mkdir()
+    for file in left: file.write_bytes(b"a checkpoint")
+    assert run(SPEC, tmp_path, progress=False).provenance == result().provenance
+    assert not any(file.exists() for file in left)
 
 
 def test_describe():
