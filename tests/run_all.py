@@ -37,7 +37,8 @@ def run(*command, cwd=ROOT, **env):
 
     It does not outlive this call, however that ends.
     """
-    process = subprocess.Popen([BIN / command[0], *command[1:]], cwd=cwd, env={**os.environ, **env}, text=True,
+    process = subprocess.Popen([BIN / command[0], *command[1:]], cwd=cwd, env={**os.environ, **env},
+                               encoding="utf-8", errors="replace", # a log may hold anything
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
     lines = []
     try:

@@ -106,7 +106,7 @@ def live(job, folder, number, delay):
     except BaseException:
         traceback.print_exc()
         status = 1
-    Path(f"{folder}.changes").write_text(str(changes[0]))
+    Path(f"{folder}.changes").write_text(str(changes[0]), encoding="utf-8")
     sys.exit(status)
 
 
@@ -116,22 +116,25 @@ def start(job, folder, number=0, delay=0.0):
     return process
 
 
+def text(path): return Path(path).read_text(encoding="utf-8")
+def log(folder): return text(f"{folder}.log")
+
+
 def ends(process, folder):
     "Wait for a process; its exit status."
     process.join(LIMIT)
     if process.exitcode is None:
         kill_tree(process.pid)
-        pytest.fail(f"it did not end within {LIMIT} s: {Path(f'{folder}.log').read_text()}")
+        pytest.fail(f"it did not end within {LIMIT} s: {log(folder)}")
     return process.exitcode
 
 
 def undisturbed(job, folder):
     "A folder, the seconds that it took and the changes of files."
     began = time.monotonic()
-    assert ends(start(job, folder), folder) == 0, Path(f"{folder}.log").read_text()
-    return SimpleNamespace(
-        folder=folder, seconds=time.monotonic() - began, changes=int(Path(f"{folder}.changes").read_text())
-    )
+    assert ends(start(job, folder), folder) == 0, log(folder)
+    seconds, changes = time.monotonic() - began, int(text(f"{folder}.changes"))
+    return SimpleNamespace(folder=folder, seconds=seconds, changes=changes)
 
 
 def disturbed(job, whole, seed, looks=lambda folder: None):
@@ -154,7 +157,7 @@ def disturbed(job, whole, seed, looks=lambda folder: None):
             killed.append(f"change {number}, {delay:.4f} s" if by_change else f"{moment:.2f} s")
             looks(folder)
         else:
-            assert status == 0, f"after kills at {killed}: {Path(f'{folder}.log').read_text()}"
+            assert status == 0, f"after kills at {killed}: {log(folder)}"
             yield folder
             if len(killed) == KILLS: break
             folder = None
@@ -226,7 +229,7 @@ def test_runs(tmp_path):
     whole, watched = undisturbed(runs, tmp_path / "whole"), Watched()
     def result(folder):
         path, = (folder / "runs").glob("*.json")
-        return {k: v for k, v in json.loads(path.read_text()).items() if k not in ("provenance", "checksum")}
+        return {k: v for k, v in json.loads(text(path)).items() if k not in ("provenance", "checksum")}
     for folder in disturbed(runs, whole, 3, watched):
         assert result(folder) == result(whole.folder)
         for name in shards_of(whole.folder):
@@ -238,7 +241,7 @@ def test_runs(tmp_path):
 def test_batch(tmp_path):
     home = tmp_path / "nbs" / "experiments"
     (home / "profiles").mkdir(parents=True)
-    (home / "profiles" / "quick.yml").write_text(yaml.safe_dump({}))
+    (home / "profiles" / "quick.yml").write_text(yaml.safe_dump({}), encoding="utf-8")
     names = ["table_01", "table_02", "figure_03"]
     for name in names:
         nb = notebook(body=f"with open(f'{{out}}/tables/{name}.txt', 'w') as f: print(size ** 2, file=f)\nsize")
@@ -252,7 +255,7 @@ def test_batch(tmp_path):
         for name in names:
             assert outputs(folder, name) == outputs(whole.folder, name)
             for file in (f"results/{name}.json", f"tables/{name}.txt", f"cache/done/{name}.json"):
-                assert (folder / file).read_text() == (whole.folder / file).read_text()
-        jobs = [json.loads((f / "results" / "batch.json").read_text())["jobs"] for f in (folder, whole.folder)]
+                assert text(folder / file) == text(whole.folder / file)
+        jobs = [json.loads(text(f / "results" / "batch.json"))["jobs"] for f in (folder, whole.folder)]
         assert [{n: j["status"] for n, j in each.items()} for each in jobs] == [dict.fromkeys(names, "done")] * 2
         assert files(folder) == files(whole.folder)

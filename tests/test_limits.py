@@ -1,6 +1,7 @@
 """What hangs ends by itself and shows what it printed; what is skipped is named."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -57,11 +58,11 @@ def test_waiting_for_an_end():
 
 def test_hanging_test(tmp_path):
     "It fails at its time limit with the line it hangs in, its process ends, and the next test runs."
-    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
     (tmp_path / "test_it.py").write_text(
         "import subprocess, sys, time\nimport pytest\n@pytest.mark.timeout(3)\ndef test_hangs():\n"
         f"    print(subprocess.Popen([sys.executable, '-c', {HANGS!r}]).pid, 'is the child')\n    time.sleep(600)\n"
-        "def test_next(): pass\n"
+        "def test_next(): pass\n", encoding="utf-8"
     )
     env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
@@ -99,7 +100,7 @@ def test_notebooks_that_hang_or_skip(tmp_path):
     """A cell that hangs fails its notebook and no other; what a notebook says it skipped is named, and cells that are
     not to be run are counted.
     """
-    (tmp_path / "settings.ini").write_text((ROOT / "settings.ini").read_text())
+    shutil.copy(ROOT / "settings.ini", tmp_path)
     (tmp_path / "nbs").mkdir()
     notebooks = dict(
         hangs=["import time", "while True: time.sleep(0.1)"],
@@ -109,7 +110,7 @@ def test_notebooks_that_hang_or_skip(tmp_path):
     for name, sources in notebooks.items():
         content = dict(cells=[cell(s, f"{i:08d}") for i, s in enumerate(sources)], metadata={}, nbformat=4,
                        nbformat_minor=5)
-        (tmp_path / "nbs" / f"{name}.ipynb").write_text(json.dumps(content))
+        (tmp_path / "nbs" / f"{name}.ipynb").write_text(json.dumps(content), encoding="utf-8")
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "run_notebooks.py"), "--n_workers", "2", "--do_print"],
         capture_output=True, text=True, cwd=tmp_path, env=os.environ | dict(UCDM_CELL_SECONDS="5"), timeout=200,

@@ -56,7 +56,7 @@ def leave(batch, job, key):
     "The mark and the executed notebook of a job."
     for path in (mark := batch.out / "cache" / "done" / f"{job.name}.json", batch.notebook(job)):
         path.parent.mkdir(parents=True, exist_ok=True)
-    mark.write_text(json.dumps(dict(key=key)))
+    mark.write_text(json.dumps(dict(key=key)), encoding="utf-8")
     nbformat.write(toy_notebook("seed = 0"), batch.notebook(job))
     return mark
 
@@ -68,7 +68,7 @@ def test_is_done(batch):
     mark = leave(batch, job, job.key)
     assert batch.is_done(job) and not batch.is_done(batch.jobs[1])
     for wrong in ('{"key": "another"}', "", '{"key": "', "[]", "null"):
-        mark.write_text(wrong)
+        mark.write_text(wrong, encoding="utf-8")
         assert not batch.is_done(job)
     leave(batch, job, job.key)
     batch.notebook(job).unlink()
@@ -100,14 +100,14 @@ def test_write_summary(batch):
     batch.outcomes[job.name] = Outcome(job, "done", 1.0)
     batch._make_folders()
     record = batch.out / "results" / "batch.json"
-    record.write_text('{"jobs": {"gone"')
+    record.write_text('{"jobs": {"gone"', encoding="utf-8")
     page = write_summary(batch)
-    assert page == batch.out / "index.html" and job.name in page.read_text()
-    held = json.loads(record.read_text())
+    assert page == batch.out / "index.html" and job.name in page.read_text(encoding="utf-8")
+    held = json.loads(record.read_text(encoding="utf-8"))
     assert list(held["jobs"]) == [job.name]
-    record.write_text(json.dumps(held | dict(jobs=held["jobs"] | dict(gone=held["jobs"][job.name]))))
+    record.write_text(json.dumps(held | dict(jobs=held["jobs"] | dict(gone=held["jobs"][job.name]))), encoding="utf-8")
     write_summary(batch)
-    assert list(json.loads(record.read_text())["jobs"]) == [job.name]
+    assert list(json.loads(record.read_text(encoding="utf-8"))["jobs"]) == [job.name]
     assert not list(batch.out.rglob("*.partial"))
 
 
@@ -144,7 +144,7 @@ def test_read_experiment(tmp_path):
     with pytest.raises(ValueError, match="a.ipynb has 0 cells tagged `parameters`; it needs one"):
         read_experiment(tmp_path / "a.ipynb")
     for text in ("", "[]", "{}", "half {"):
-        (tmp_path / "c.ipynb").write_text(text)
+        (tmp_path / "c.ipynb").write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match="c.ipynb is not a notebook"): read_experiment(tmp_path / "c.ipynb")
 
 
@@ -167,7 +167,7 @@ def test_tidy(tmp_path):
 def test_notebook_html(tmp_path):
     nbformat.write(toy_notebook("seed = 0", "print('<b>')"), tmp_path / "a.ipynb")
     notebook_html(tmp_path / "a.ipynb", "Title <of> it")
-    page = (tmp_path / "a.html").read_text()
+    page = (tmp_path / "a.html").read_text(encoding="utf-8")
     assert "Title &lt;of&gt; it" in page and "<b>" not in page
 
 
@@ -188,12 +188,14 @@ def test_without_times():
 def test_broken_links(tmp_path):
     "Files, folders and anchors that are not there, and what a page would load from the network."
     (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "index.html").write_text('<h1 id="top">x</h1><a href="../a%20b.html#here">ok</a>')
+    there = '<h1 id="top">x</h1><a href="../a%20b.html#here">ok</a>'
+    (tmp_path / "sub" / "index.html").write_text(there, encoding="utf-8")
     (tmp_path / "a b.html").write_text(
         '<p id="here"></p><a href="sub">ok</a><a href="sub/index.html#top">ok</a><a href="https://x.org">ok</a>'
-        '<a href="sub/none.html">no</a><a href="sub/index.html#none">no</a><img src="https://x.org/a.png">'
+        '<a href="sub/none.html">no</a><a href="sub/index.html#none">no</a><img src="https://x.org/a.png">',
+        encoding="utf-8",
     )
-    (tmp_path / "a.css").write_text("@import url('https://x.org/a.css');")
+    (tmp_path / "a.css").write_text("@import url('https://x.org/a.css');", encoding="utf-8")
     broken, seen = broken_links(tmp_path)
     assert seen == 5 and sorted(broken) == [
         "a b.html: loads https://x.org/a.png from the network",
@@ -225,7 +227,7 @@ def test_store_commands_in_process(tmp_path):
     assert call("status", tmp_path, "--seeds", 2).exit_code == 0
     lacking = call("status", tmp_path, "--seeds", 6)
     assert lacking.exit_code == 1 and "3 of 6 seeds missing, the first is 2" in lacking.output
-    (tmp_path / "ids").write_text("5\nfive\n")
+    (tmp_path / "ids").write_text("5\nfive\n", encoding="utf-8")
     assert call("status", tmp_path, "--ids", tmp_path / "ids").exit_code == 2
     assert call("status", tmp_path, "--ids", tmp_path / "no such file").exit_code == 2
     (store.folder / store.index()[0]["file"]).write_bytes(b"")
@@ -298,21 +300,22 @@ def test_conclude(tmp_path, monkeypatch):
     write_result(tmp_path / "cache" / "runs" / f"{one.hash}.json", one)
     checks = [Check("more is better", np.bool_(True), "2 against 1"), Check("always", None, "not tested")]
     conclude("table_02", "Table 2", checks, tmp_path, dict(gap=1.0), ["a.png"], ["a.csv"], [one, one])
-    held = json.loads((tmp_path / "results" / "table_02.json").read_text())
+    held = json.loads((tmp_path / "results" / "table_02.json").read_text(encoding="utf-8"))
     assert held["runs"] == [one.hash] and held["run_seconds"] == 3.5 and held["stale"] == 1
     assert [c["holds"] for c in held["checks"]] == [True, None] and held["numbers"] == dict(gap=1.0)
     assert read_result(tmp_path / "results" / "runs" / f"{one.hash}.json", SPEC).protocols["running"]["balance"] == 50
     assert not (tmp_path / "cache" / "done").exists()
     monkeypatch.setenv("UCDM_NOTEBOOK_KEY", "k")
     conclude("table_02", "Table 2", [], tmp_path)
-    assert json.loads((tmp_path / "cache" / "done" / "table_02.json").read_text()) == dict(key="k")
+    assert json.loads((tmp_path / "cache" / "done" / "table_02.json").read_text(encoding="utf-8")) == dict(key="k")
 
 
 def test_result_of_another_run(tmp_path):
     write_result(tmp_path / "a.json", result())
     with pytest.raises(CorruptResult, match="holds the result of another run"):
         read_result(tmp_path / "a.json", replace(SPEC, seed=1))
-    (tmp_path / "a.json").write_text((tmp_path / "a.json").read_text().replace("50.0", "90.0"))
+    altered = (tmp_path / "a.json").read_text(encoding="utf-8").replace("50.0", "90.0")
+    (tmp_path / "a.json").write_text(altered, encoding="utf-8")
     with pytest.raises(CorruptResult, match="was altered since it was written"): read_result(tmp_path / "a.json")
 
 
