@@ -3,6 +3,7 @@
 Half of the kills come at a random moment, half at a random change of a file (or a moment after), where there is most
 to lose. UCDM_KILLS=20 kills each of the jobs so often.
 """
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -31,7 +32,7 @@ from ucdm.runs.spec import RunSpec
 
 KILLS = int(os.environ.get("UCDM_KILLS", 3))
 LIMIT = 240  # seconds for what takes ten
-pytestmark = pytest.mark.timeout(600 + 60 * KILLS)
+pytestmark = [pytest.mark.timeout(600 + 60 * KILLS), pytest.mark.xdist_group("kills")]  # one fork server for all
 CONTEXT = multiprocessing.get_context("forkserver")  # a process for each start, without the imports of each
 CONTEXT.set_forkserver_preload(["ucdm.method.generate", "ucdm.runs.run", "ucdm.batch.cli", "ucdm.evaluation.metrics"])
 CHANGES = {"open", "os.rename", "os.link", "os.remove", "os.truncate", "os.mkdir", "os.rmdir"}
@@ -97,6 +98,7 @@ def live(job, folder, number, delay):
     os.setsid()
     sink = os.open(f"{folder}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2): os.dup2(sink, stream)
+    faulthandler.dump_traceback_later(LIMIT - 10, file=sink)  # where it hangs, if it does
     os.environ.update(OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
     changes = die_at_change(folder, number, delay)
@@ -148,10 +150,11 @@ def disturbed(job, whole, seed, looks=lambda folder: None):
         by_change = rng.random() < 0.5
         number, delay = rng.randint(1, whole.changes), rng.choice([0, 0, rng.expovariate(1000)])
         moment = rng.uniform(0, whole.seconds)
-        if len(killed) == KILLS: by_change, number, moment = False, 0, LIMIT
+        by_change = by_change and len(killed) < KILLS
         process = start(job, folder, number if by_change else 0, delay)
-        process.join(LIMIT if by_change else moment)
-        if process.exitcode is None and len(killed) < KILLS: os.kill(process.pid, signal.SIGKILL)
+        if not by_change and len(killed) < KILLS:
+            process.join(moment)
+            if process.exitcode is None: os.kill(process.pid, signal.SIGKILL)
         status = ends(process, folder)
         if status == -signal.SIGKILL:
             killed.append(f"change {number}, {delay:.4f} s" if by_change else f"{moment:.2f} s")
