@@ -38,7 +38,7 @@ def read_until(process, wanted, seconds=120):
 
 
 def finish(process, seconds=240):
-    """What a process prints until it ends, as (stdout, stderr).
+    """What a process prints until it ends, as (stdout, stderr); not for one that `read_until` reads.
 
     AssertionError, with what it printed, if it does not end in time; it is dead then.
     """

@@ -46,6 +46,14 @@ SPEC = RunSpec(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def warm():
+    "The imports, before anything is timed."
+    process = CONTEXT.Process(target=time.time)
+    process.start()
+    process.join()
+
+
 # what is killed: each works on a folder, whatever is there already
 
 def generates(folder):

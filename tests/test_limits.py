@@ -46,7 +46,7 @@ def test_waiting_for_a_line():
         read_until(process, lambda line: "never" in line)
     process = python("print('one'); print('two'); print('three')")
     assert read_until(process, lambda line: line == "two\n") == ["one\n", "two\n"]
-    assert finish(process)[0] == "three\n"
+    assert read_until(process, lambda line: True) == ["three\n"] and process.wait(60) == 0
 
 
 def test_waiting_for_an_end():
@@ -70,6 +70,23 @@ def test_hanging_test(tmp_path):
     assert "1 failed, 1 passed" in done.stdout and "Timeout (>3.0s)" in done.stdout, done.stdout + done.stderr
     child, = (line.split()[0] for line in done.stdout.splitlines() if line.endswith(" is the child"))
     assert gone(int(child))
+
+
+def test_groups_stay_together(tmp_path):
+    "Tests of a group run in one of several processes, the others in any."
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    (tmp_path / "pytest.ini").write_text("[pytest]", encoding="utf-8")
+    code = "import os, time\nimport pytest\n{}\n@pytest.mark.parametrize('n', range(6))\ndef test_it(n):\n" \
+        "    time.sleep(.2)\n    with open('{}', 'a') as f: print(os.getpid(), file=f)\n"
+    mark = "pytestmark = pytest.mark.xdist_group('x')"
+    for name, first in (("test_a", mark), ("test_b", mark), ("test_c", "")):
+        (tmp_path / f"{name}.py").write_text(code.format(first, tmp_path / f"{name}.txt"), encoding="utf-8")
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]))
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadgroup", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=120)
+    assert "18 passed" in done.stdout, done.stdout + done.stderr
+    ran = {name: (tmp_path / f"test_{name}.txt").read_text(encoding="utf-8").split() for name in "abc"}
+    assert len({*ran["a"], *ran["b"]}) == 1 and [len(pids) for pids in ran.values()] == [6, 6, 6]
 
 
 def test_every_test_has_a_limit(request):
