@@ -1,6 +1,7 @@
 """`make test`: everything that has to hold, stage by stage.
 
-A failed stage does not stop the next ones; the last line counts.
+A failed stage does not stop the next ones, and one that hangs ends after its time limit. What was skipped inside a
+stage is named after the last of them; the last line counts.
 
 Run some of them with `make test ARGS="export clean"`.
 """
@@ -10,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import house as rules
+from processes import kill_tree
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -30,14 +33,34 @@ class Skipped(Exception):
 
 
 def run(*command, cwd=ROOT, **env):
-    "Run a program of this environment, show what it prints as it comes, and return its exit status and text."
-    process = subprocess.Popen([BIN / command[0], *command[1:]], cwd=cwd, env={**os.environ, **env}, text=True,
+    """Run a program of this environment, show what it prints as it comes, and return its exit status and text.
+
+    It does not outlive this call, however that ends.
+    """
+    process = subprocess.Popen([BIN / command[0], *command[1:]], cwd=cwd, env={**os.environ, **env},
+                               encoding="utf-8", errors="replace", # a log may hold anything
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
     lines = []
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        lines.append(line)
-    return process.wait(), "".join(lines)
+    try:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+        return process.wait(), "".join(lines)
+    finally:
+        if process.poll() is None: kill_tree(process.pid)
+
+
+@contextmanager
+def limited(stage, minutes):
+    "TimeoutError, with the stage's name, if the block runs for longer."
+    def late(*_):
+        raise TimeoutError(f"stage {stage} was stopped after its limit of {minutes:g} minutes (LIMITS in run_all.py)")
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
+    try: yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @contextmanager
@@ -149,9 +172,14 @@ def house():
 
 def notebooks():
     "Every notebook of the library runs from top to bottom."
-    status, text = run("nbdev_test", "--n_workers", "2", "--timing", "--do_print", OMP_NUM_THREADS="1",
-                       PYTHONUNBUFFERED="1")
-    return notebooks_ran(status, text, len(NOTEBOOKS) - len(EXPERIMENTS))
+    status, text = run("python", "tests/run_notebooks.py", "--n_workers", "2", "--timing", "--do_print",
+                       OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
+    return *notebooks_ran(status, text, len(NOTEBOOKS) - len(EXPERIMENTS)), *skipped_in_notebooks(text)
+
+
+def skipped_in_notebooks(text):
+    "What notebooks say that they did not run, a line each."
+    return re.findall(r"^- Skipped (.+)$", text, re.M)
 
 
 def notebooks_ran(status, text, total):
@@ -172,21 +200,29 @@ def tests():
         "pytest",
         "tests",
         "--durations=5",
+        "-rsx",
         "-n",
         str(workers),
         "--dist",
         "loadgroup",
         OMP_NUM_THREADS="1",
     )
-    return status == 0, ", ".join(
-        re.findall(r"\d+ (?:passed|failed|errors?|skipped)", text.splitlines()[-1] if text else "")
-    ) + " in pytest"
+    counted = re.findall(r"\d+ (?:passed|failed|errors?|skipped)", text.splitlines()[-1] if text else "")
+    return status == 0, ", ".join(counted) + " in pytest", *skipped_in_pytest(text)
+
+
+def skipped_in_pytest(text):
+    "Tests that were skipped and why, a line each place that skips."
+    found = re.findall(r"^SKIPPED \[(\d+)\] (.+?)(?::\d+)?: (.+)$", text, re.M)
+    return [f"{place}: {reason}" + (f" ({n} tests)" if n != "1" else "") for n, place, reason in found]
 
 
 def experiments():
     "The whole batch, small."
-    status, _ = run("ucdm-reproduce", "--profile", "smoke", "--fresh", "--jobs", "2")
-    return status == 0, f"{len(EXPERIMENTS)} experiments"
+    status, text = run("ucdm-reproduce", "--profile", "smoke", "--fresh", "--jobs", "2")
+    ran = re.search(r"(\d+) of \d+ notebooks done", text)
+    on_request = re.findall(r"(\d+ more run on request) \(", text)
+    return status == 0, f"{ran[1] if ran else 0} of {len(EXPERIMENTS)} experiments ran", *on_request
 
 
 def docs():
@@ -199,6 +235,29 @@ def docs():
 
 
 STAGES = [export, clean, house, notebooks, tests, experiments, docs]
+# minutes, several times what a stage takes on two cores: they end what hangs, and spare a slow machine
+LIMITS = dict(export=15, clean=15, house=10, notebooks=60, tests=60, experiments=60, docs=30)
+
+
+def attempt(stage):
+    "Run a stage: (what became of it, a line about it, what was skipped inside)."
+    try:
+        with limited(stage.__name__, LIMITS[stage.__name__]): passed, detail, *skipped = stage()
+        return "passed" if passed else "failed", detail, skipped
+    except Skipped as reason: return "skipped", str(reason), [str(reason)]
+    except Exception as error:  # a stage that cannot even start has failed; the others still run
+        return "failed", f"{type(error).__name__}: {error}", []
+
+
+def summary(rows):
+    "The closing lines: a line each stage (name, result, seconds, detail, skipped), all that was skipped, the count."
+    lines = [f"{name:12} {result:8} {seconds:6.0f} s   {detail}" for name, result, seconds, detail, _ in rows]
+    skipped = [f"{name}: {what}" for name, *_, parts in rows for what in parts]
+    if skipped: lines += ["", "skipped:", *(f"  {line}" for line in skipped), ""]
+    count = {kind: sum(row[1] == kind for row in rows) for kind in ("passed", "failed", "skipped")}
+    stages = f", {count['skipped']} skipped" if count["skipped"] else ""
+    parts = f"; {len(skipped)} parts skipped" if skipped else "; nothing skipped"
+    return [*lines, f"stages: {count['passed']} passed, {count['failed']} failed{stages}{parts}"]
 
 
 def main():
@@ -210,22 +269,11 @@ def main():
     for stage in (s for s in STAGES if s.__name__ in names):
         print(f"\n==> {stage.__name__}: {stage.__doc__}", flush=True)
         start = time.time()
-        try:
-            passed, detail = stage()
-            result = "passed" if passed else "failed"
-        except Skipped as reason:
-            result, detail = "skipped", str(reason)
-        except Exception as error:  # a stage that cannot even start has failed; the others still run
-            result, detail = "failed", f"{type(error).__name__}: {error}"
-        rows.append((stage.__name__, result, time.time() - start, detail))
+        result, detail, skipped = attempt(stage)
+        rows.append((stage.__name__, result, time.time() - start, detail, skipped))
         print(f"<== {stage.__name__} {result} after {rows[-1][2]:.0f} s ({detail})", flush=True)
-    print()
-    for name, result, seconds, detail in rows:
-        print(f"{name:12} {result:8} {seconds:6.0f} s   {detail}")
-    count = {kind: sum(row[1] == kind for row in rows) for kind in ("passed", "failed", "skipped")}
-    skipped = f", {count['skipped']} skipped" if count["skipped"] else ""
-    print(f"stages: {count['passed']} passed, {count['failed']} failed{skipped}")
-    sys.exit(bool(count["failed"]))
+    print("", *summary(rows), sep="\n")
+    sys.exit(any(row[1] == "failed" for row in rows))
 
 
 if __name__ == "__main__":

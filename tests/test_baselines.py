@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from processes import finish, read_until
 
 from ucdm.runs.registry import METHODS, get_method
 from ucdm.runs.spec import RunSpec
@@ -44,11 +45,10 @@ def child(cache, stop=-1):
 def test_killed_and_resumed(tmp_path):
     "Killed after two of four epochs: only the other two are trained, and the numbers are those of an undisturbed run."
     killed = child(tmp_path / "killed", stop=2)
-    for line in killed.stdout:
-        if line.strip() == "waiting": break
+    read_until(killed, lambda line: line.strip() == "waiting")
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -9
-    (resumed, e1), (whole, e2) = child(tmp_path / "killed").communicate(), child(tmp_path / "whole").communicate()
+    (resumed, e1), (whole, e2) = finish(child(tmp_path / "killed")), finish(child(tmp_path / "whole"))
     assert resumed and whole, e1 + e2
     assert resumed.replace("[2]", "[4]") == whole
     assert not list((tmp_path / "killed" / "partial").glob("*[!k]")), "the checkpoint is removed after the run"

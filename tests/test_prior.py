@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from processes import finish, read_until
 from safetensors.torch import load_file, save_file
 
 import ucdm.diffusion.prior as prior_module
@@ -285,7 +286,7 @@ def hub(folder, tmp_path):
 def ask(process, name):
     process.stdin.write(f"{name}\n")
     process.stdin.flush()
-    return process.stdout.readline().strip()
+    return read_until(process, lambda line: True)[-1].strip()
 
 
 def test_interrupted_download(hub, folder):
@@ -294,7 +295,7 @@ def test_interrupted_download(hub, folder):
     first = hub.start_loading()
     first.stdin.write("owner/small@v1\n")
     first.stdin.flush()
-    assert hub.stalled.wait(300)
+    assert hub.stalled.wait(240)
     others = set(hub.files) - {UNET}
     for _ in range(600):
         if hub.served >= others: break
@@ -390,22 +391,23 @@ def test_two_processes_one_dies(tmp_path):
     together, alone = tmp_path / "together", tmp_path / "alone"
     launched = pairs_command(together, 2)
     index = together / "positive" / "index.jsonl"
-    while not index.exists() and launched.poll() is None: time.sleep(0.1)
-    assert launched.poll() is None, f"ended before a shard was written: {launched.communicate()[0]}"
+    deadline = time.monotonic() + 240
+    while not index.exists() and launched.poll() is None and time.monotonic() < deadline: time.sleep(0.1)
+    assert launched.poll() is None and index.exists(), f"no shard was written: {finish(launched, 1)[0]}"
     workers = [p for p in psutil.Process(launched.pid).children(recursive=True) if "ucdm.method.generate" in p.cmdline()]
-    assert len(workers) == 2, launched.communicate()[0]
+    assert len(workers) == 2, finish(launched)[0]
     max(workers, key=lambda p: int(p.environ()["RANK"])).kill()
-    assert launched.wait(300) != 0 and not [
+    assert launched.wait(240) != 0 and not [
         p for p in workers if p.is_running() and p.status() != psutil.STATUS_ZOMBIE
     ], "the other one is ended too"
     made = len(index.read_text(encoding="utf-8").splitlines())
     assert 1 <= made < 5
 
     launched = pairs_command(together, 2)
-    said = launched.communicate()[0]
+    said = finish(launched)[0]
     assert launched.returncode == 0, said
     single = pairs_command(alone)
-    said = single.communicate()[0]
+    said = finish(single)[0]
     assert single.returncode == 0, said
     assert files(together) == files(alone)
     assert len(index.read_text(encoding="utf-8").splitlines()) == 5

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import finish, read_until
 
 from ucdm.diffusion import prior as prior_module
 from ucdm.data.datasets import load_dataset
@@ -85,8 +86,7 @@ def test_pairs_killed_and_resumed(tmp_path, prior, seeds, one_thread):
         stdout=subprocess.PIPE,
         text=True,
     )
-    for line in child.stdout:
-        if line.strip() == "positive 8": break
+    read_until(child, lambda line: line.strip() == "positive 8")
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -9
     shards = sorted(store.rglob("*.safetensors"))
@@ -195,12 +195,11 @@ def test_run_killed_and_resumed(tmp_path):
     them.
     """
     child = run_in_child(tmp_path / "a", stop=5)
-    for line in child.stdout:
-        if line.strip() == "epoch 5": break
+    read_until(child, lambda line: line.strip() == "epoch 5")
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert (tmp_path / "a" / "partial" / spec_hash(SPEC)).exists()
-    said = [run_in_child(tmp_path / name).communicate(timeout=240)[0].splitlines() for name in ("a", "b")]
+    said = [finish(run_in_child(tmp_path / name))[0].splitlines() for name in ("a", "b")]
     assert sum(line.startswith("epoch") for line in said[0]) < sum(line.startswith("epoch") for line in said[1]) == 6
     assert said[0][-1] == said[1][-1] and said[0][-1].startswith("balance")
     assert not (tmp_path / "a" / "partial" / spec_hash(SPEC)).exists()

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from processes import finish, read_until
 
 from ucdm.method.mapped_images import MappedImages
 from ucdm.method.pair_store import PairStore
@@ -41,7 +42,7 @@ def test_second_writer(tmp_path):
     store.append([0, 1, 2, 3], IMAGES[:4])
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
-        assert holder.stdout.readline() == "locked\n"
+        read_until(holder, lambda line: line == "locked\n")
         assert torch.equal(store.load([3, 0]), IMAGES[[3, 0]])
         status, printed = command("repair", tmp_path)
         assert status == 1 and f"process {holder.pid} on" in printed and "another process is writing" in printed
@@ -108,7 +109,7 @@ def test_opened_at_the_same_time(tmp_path):
         )
         for _ in range(3)
     ]
-    printed = [p.communicate()[1] for p in processes]
+    printed = [finish(p)[1] for p in processes]
     assert not any(p.returncode for p in processes), printed
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["spec.json"] * 200
 
@@ -130,7 +131,7 @@ def test_begun_with_different_specifications(tmp_path):
         for kind in ("positive", "negative")
     }
     for kind, p in processes.items():
-        won = p.communicate()[0].split()
+        won = finish(p)[0].split()
         assert p.returncode == 0
         assert [i for i in won if json.loads((tmp_path / i / "spec.json").read_bytes()) != dict(kind=kind)] == []
     assert len(list(tmp_path.iterdir())) == 100

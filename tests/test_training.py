@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import finish, read_until
 
 from ucdm.core.tensor_files import read_tensors
 from ucdm.method.classifier import UCDM
@@ -102,8 +103,7 @@ def test_killed_and_resumed(tmp_path):
     "SIGKILL in the second round; started again, the run ends as one that was left alone."
     alone, killed = tmp_path / "alone.ckpt", tmp_path / "killed.ckpt"
     process = child(killed, pause=.5)
-    for line in process.stdout:
-        if line.split() == ["1", "1"]: break
+    read_until(process, lambda line: line.split() == ["1", "1"])
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     _, meta = read_tensors(killed)
@@ -111,10 +111,10 @@ def test_killed_and_resumed(tmp_path):
 
     (tmp_path / "killed.ckpt.partial").write_bytes(b"what a write in progress left behind")
     resumed = child(killed)
-    epochs = resumed.communicate()[0].split("\n")
+    epochs = finish(resumed)[0].split("\n")
     assert resumed.returncode == 0 and epochs[0] in ("1 1", "1 2"), "it went on where it was, and did not start anew"
     process = child(alone)
-    process.communicate()
+    finish(process)
     assert process.returncode == 0
     same_result(alone, killed)
     labels = UCDM.load(killed).pseudo_labels

@@ -94,7 +94,7 @@ def _entry(batch, job, outcome: Outcome, before: dict) -> dict:
         parameters={p.name: job.parameters.get(p.name, p.default) for p in job.experiment.parameters.values()},
     )
     executed = batch.notebook(job)
-    ran = outcome.status in ("done", "failed", "timed out") and executed.exists()
+    ran = outcome.status in ("done", "kept", "failed", "timed out") and executed.exists()
     if ran and not _is_newer(executed.with_suffix(".html"), executed):
         try: notebook_html(executed, job.experiment.title)
         except Exception as e: # shown there instead of ending the batch

@@ -106,6 +106,7 @@ def run(spec: RunSpec,
     path, partial = folder / "runs" / f"{r.hash}.json", folder / "partial" / r.hash
     with locked(folder / "partial" / f"{r.hash}.lock", str(spec)):
         clear_partials(partial)
+        if path.exists(): partial.unlink(missing_ok=True) # killed after its result was written
         if fresh: forget(r, folder)
         if path.exists():
             try: return read_result(path, spec)
