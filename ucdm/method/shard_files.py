@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SPEC_UP_TO', 'FILE', 'spec_checksum', 'label', 'read_label', 'shard_files', 'remove_file', 'read_spec',
-           'recover_spec', 'settle_spec', 'Verified']
+           'recover_spec', 'settle_spec', 'Verified', 'Report']
 
 # %% ../../nbs/method/05_shard_files.ipynb #7b2e0f04
 import hashlib, json, re, time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -72,9 +73,10 @@ def recover_spec(folder: Path, wanted: dict | None = None) -> dict | None:
 # %% ../../nbs/method/05_shard_files.ipynb #7b2e0e08
 def settle_spec(folder: Path, wanted: dict | None) -> dict:
     "The specification of a store, written down if it is new or was lost. ValueError if it is not the one wanted."
-    file, found = folder / "spec.json", read_spec(folder / "spec.json")
-    if found is None:
-        damaged, found = file.exists(), recover_spec(folder, wanted)
+    file = folder / "spec.json"
+    damaged = file.exists() # looked at first: another process may begin the store now, and its file appears whole
+    if (found := read_spec(file)) is None:
+        found = recover_spec(folder, wanted)
         if found is None and damaged and shard_files(folder):
             raise ValueError(
                 f"{file} is damaged, and the shards do not state the specification. If you know that these pairs are "
@@ -83,7 +85,7 @@ def settle_spec(folder: Path, wanted: dict | None) -> dict:
         if found is None and wanted is None:
             raise ValueError(f"{folder} is not a pair store: it has no spec.json.")
         if found is None and _stated(folder):
-            raise ValueError(f"{folder} holds shards of another specification. Choose another folder, or delete this one.")
+            raise ValueError(f"{folder} holds pairs of another specification. Choose another folder.")
         if wanted is not None: # a writer's; a reader changes nothing
             write_atomic(file, json.dumps(found or wanted, indent=1), once=not damaged)
             found = read_spec(file)
@@ -130,3 +132,27 @@ def keep(self: Verified) -> None:
     try: write_atomic(self.file, json.dumps(self._read() | self._new))
     except OSError: return
     self._new = {}
+
+# %% ../../nbs/method/05_shard_files.ipynb #f14abf96
+@dataclass
+class Report:
+    "What is wrong with a store."
+    bad: list[dict]        # entries whose shard is missing, truncated or altered
+    strays: list[Path]     # shards and partial files that the index does not name
+    torn: bool             # whether the last line of the index was cut off
+    corrupt: int = 0       # lines of the index that name no shard of this store
+    spec_lost: bool = False
+    foreign: list[Path] = field(default_factory=list) # shards of another specification: they are left alone
+
+    @property
+    def fine(self) -> bool: return not (self.bad or self.strays or self.torn or self.corrupt or self.spec_lost)
+
+    def __str__(self):
+        lost = sum(len(e["ids"]) for e in self.bad)
+        some = ", ".join([e["file"] for e in self.bad[:3]] + ["..."] * (len(self.bad) > 3))
+        found = [f"bad shards: {len(self.bad)}, with {lost} seeds ({some})"] if self.bad else []
+        found += [f"files that the index does not name: {len(self.strays)}"] if self.strays else []
+        found += [f"damaged lines in the index: {self.corrupt}"] if self.corrupt else []
+        found += ["a torn line in the index"] * self.torn + ["spec.json lost or damaged"] * self.spec_lost
+        other = f"; shards of another specification, left alone: {len(self.foreign)}" if self.foreign else ""
+        return (", ".join(found) or "fine") + other

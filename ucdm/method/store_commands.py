@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'FOLDERS', 'SEEDS_HELP', 'IDS_HELP', 'find_stores', 'read_ids', 'status_command', 'verify_command',
-           'repair_command']
+           'repair_command', 'merge_command']
 
 # %% ../../nbs/method/22_store_commands.ipynb #6fedfcdd
 import json, sys
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import typer
 
-from .pair_store import inspect_store, PairStore, repair_store
+from .pair_store import inspect_store, MERGED, PairStore, repair_store
 
 # %% ../../nbs/method/22_store_commands.ipynb #9c888422
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -23,11 +23,12 @@ FOLDERS = typer.Argument(help="Stores, or folders that hold some, such as output
 def _about(): "Look at stores of generated pairs, check them, and repair them."
 
 # %% ../../nbs/method/22_store_commands.ipynb #96c2a938
-def find_stores(folder: Path) -> list[PairStore]:
+def find_stores(folder: Path) -> list[Path]:
     "The store in `folder`, or all stores below it. ValueError if there is none."
-    found = sorted(p.parent for p in Path(folder).rglob("spec.json"))
+    named = {p.parent for name in ("spec.json", "index.jsonl") for p in Path(folder).rglob(name)}
+    found = sorted({p.parents[1] if p.parent.name == "writers" else p for p in named})
     if not found: raise ValueError(f"no pair store in {folder}: none of its folders has a spec.json.")
-    return [PairStore(p) for p in found]
+    return found
 
 # %% ../../nbs/method/22_store_commands.ipynb #109dbba0
 def _each(folders: list[Path], look: Callable) -> None: # look: store -> (whether it is fine, what to print)
@@ -35,16 +36,16 @@ def _each(folders: list[Path], look: Callable) -> None: # look: store -> (whethe
     except (ValueError, OSError) as e: print(e, file=sys.stderr); raise typer.Exit(2)
     well = True
     for store in stores:
-        try: fine, words = look(store)
+        try: fine, words = look(PairStore(store))
         except (RuntimeError, ValueError, OSError) as e: fine, words = False, f"ERROR: {e}"
         well &= fine
-        print(f"{store.folder}: {words}")
+        print(f"{store}: {words}")
     raise typer.Exit(0 if well else 1)
 
 # %% ../../nbs/method/22_store_commands.ipynb #cbe2b6fd
 def read_ids(file: Path) -> list[int]:
     "Seed image ids from a file: one a line, or a JSON list. ValueError if they are no whole numbers."
-    text = file.read_text()
+    text = file.read_text(encoding="utf-8")
     try: return [int(i) for i in (json.loads(text) if text.lstrip().startswith("[") else text.split())]
     except (ValueError, TypeError) as e:
         raise ValueError(f"{file} must hold whole numbers, one a line or as a JSON list ({e}).") from None
@@ -69,12 +70,12 @@ def status_command(
     try: wanted = dict.fromkeys([*range(seeds), *(read_ids(ids) if ids else [])])
     except (ValueError, OSError) as e: print(e, file=sys.stderr); raise typer.Exit(2)
     def look(store):
-        entries = store.index()
-        lacking = [i for i in wanted if i not in store.contents.place]
-        size = sum(e.get("bytes") or (store.folder / e["file"]).stat().st_size for e in entries)
+        contents, there = store.contents.refresh(), set(store.held(list(wanted)))
+        lacking = [i for i in wanted if i not in there]
+        size = sum(e.get("bytes") or (store.folder / e["file"]).stat().st_size for e in contents.shards)
         words = (
-            f"{store.spec.get('kind', 'images')}, {len(store.contents.place):,} seeds x "
-            f"{len(store.spec.get('classes', []))} classes in {len(entries):,} shards, {size / 1e6:,.1f} MB"
+            f"{store.spec.get('kind', 'images')}, {len(contents.place):,} seeds x "
+            f"{len(store.spec.get('classes', []))} classes in {len(contents.shards):,} shards, {size / 1e6:,.1f} MB"
         )
         if lacking: words += f"; {len(lacking):,} of {len(wanted):,} seeds missing, the first is {lacking[0]}"
         return not lacking, words
@@ -86,20 +87,32 @@ def verify_command(folders: list[Path] = FOLDERS):
     "Check every shard against its checksum. Exit status 1 if something is wrong."
     def look(store):
         report = inspect_store(store)
-        return report.fine, f"{len(store.index()):,} shards checked; {report}"
+        return report.fine, f"{len(store.contents.shards):,} shards checked; {report}"
     _each(folders, look)
 
 # %% ../../nbs/method/22_store_commands.ipynb #d872e7cd
 @app.command("repair")
 def repair_command(folders: list[Path] = FOLDERS):
-    """Drop bad shards, so that generating again makes just those; take in whole shards that the index lacks; delete
-    half-written files.
+    """Drop bad shards, so that generating again makes just those; take in whole shards that the index lacks; write a
+    lost specification; delete half-written files.
     """
     def look(store):
         report, found = repair_store(store)
         if report.fine: return True, f"{report}"
         lost = sum(len(e["ids"]) for e in report.bad)
         return True, f"{report}; repaired: {lost} seeds to generate again, {len(found)} shards taken in"
+    _each(folders, look)
+
+# %% ../../nbs/method/22_store_commands.ipynb #7b2e0fa2
+@app.command("merge")
+def merge_command(folders: list[Path] = FOLDERS,
+                  megabytes: float = typer.Option(MERGED / 1e6, help="size of the new shards, at least")):
+    "Merge neighbouring small shards into larger ones. The images in them do not change."
+    def look(store):
+        before, parts = len(store.index()), store.parts()
+        for part in parts: part.merge(int(megabytes * 1e6))
+        for part in parts: part.contents.keep()
+        return True, f"{before:,} shards before, {len(store.index()):,} now"
     _each(folders, look)
 
 # %% ../../nbs/method/22_store_commands.ipynb #571b38b2
