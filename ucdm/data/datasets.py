@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGES_PER_CLASS', 'CIFAR', 'SPLIT_NAMES', 'LAYOUTS', 'TINY_URL', 'TINY_MD5', 'MEDIAN_HASHES', 'HALVES',
-           'download_dataset', 'pixel_hash', 'halve', 'load_dataset']
+           'download_dataset', 'pixel_hash', 'halve', 'read_dataset', 'load_dataset']
 
 # %% ../../nbs/data/06_datasets.ipynb #1ca80b0f
 import hashlib, tempfile
@@ -151,6 +151,14 @@ def halve(whole: ImageSet, # labelled training images, all or some
     part = lambda wanted: whole[torch.tensor([i for i, b in zip(order, below) if b == wanted], dtype=torch.int64)]
     return part(True), part(False)
 
+# %% ../../nbs/data/06_datasets.ipynb #1de20021
+def read_dataset(name: str, # a key of CLASSES
+                 split: str, # "train" or "test"
+                 folder: Path) -> ImageSet | None: # labels follow CLASSES[name]
+    "The images of a folder, in whatever layout; None if it is in none. ValueError for a class that does not belong."
+    found = _local_copy(folder, name, split)
+    return None if found is None else match_classes(found, name)
+
 # %% ../../nbs/data/06_datasets.ipynb #93ba1eef
 def load_dataset(name: str, # a key of CLASSES
                  split: str = "train", # or "test"
@@ -170,14 +178,14 @@ def load_dataset(name: str, # a key of CLASSES
     checked(split, Literal["train", "test"], "split")
     if root and not Path(root).is_dir(): raise FileNotFoundError(f"there is no folder {root}; check root.")
     folder = Path(root) if root else ASSETS / "fashion_mnist" if name == "fashion-mnist" else data_root() / name
-    found = _local_copy(folder, name, split)
+    found = read_dataset(name, split, folder)
     if found is None and download and not root:
         download_dataset(name, folder)
-        found = _local_copy(folder, name, split)
+        found = read_dataset(name, split, folder)
     if found is None:
         instead = f"Set UCDM_DATA to a folder that holds {name}/, give a root, or allow the download."
         raise FileNotFoundError(
             f"{folder} holds no {split} images of {name}. Looked for: {'; '.join(LAYOUTS)}. "
             + ("Give the folder that holds them as root." if root else instead)
         )
-    return match_classes(found, name)
+    return found

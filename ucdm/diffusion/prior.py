@@ -23,6 +23,8 @@ from transformers import CLIPTextModel
 
 from ..core.device import choose_attention, compiled, default_device, default_dtype
 from ..core.files import ASSETS
+from ..core.remembered import remembered, signature
+from ..core.tensor_files import tensors_hash
 from ..data.images import to_float, to_uint8
 from .inversion import reverse
 from .schedule import guided, make_schedule, matched_grid, Schedule
@@ -62,7 +64,8 @@ class Prior:
 
     ValueError for latents that are not square, an inpainting UNet, or a scheduler that DDIM cannot stand in for.
     """
-    def __init__(self, pipe: StableDiffusionPipeline, name: str, device: str):
+    # `files`: signature of the files that it was loaded from, if it was
+    def __init__(self, pipe: StableDiffusionPipeline, name: str, device: str, files: str | None = None):
         self.pipe, self.name, self.device, self.dtype = pipe, name, device, pipe.unet.dtype
         side, channels = pipe.unet.config.sample_size, pipe.unet.config.in_channels
         if not isinstance(side, int):
@@ -77,7 +80,7 @@ class Prior:
                 "text-to-image model."
             )
         self.schedule = ddim_schedule(pipe.scheduler)
-        self.fingerprint = self._fingerprint()
+        self.files, self._hash = files, None
         for part in (pipe.vae, pipe.unet, pipe.text_encoder): part.requires_grad_(False).eval().to(device)
         for part in (pipe.vae, pipe.unet): part.to(memory_format=torch.channels_last)
         self.unet = pipe.unet
@@ -96,26 +99,25 @@ class Prior:
         )
 
 # %% ../../nbs/diffusion/04_prior.ipynb #a93d6287
-@patch
-def _fingerprint(self: Prior) -> str:
-    # weights kept in float16 have the same sums in float32
-    h = hashlib.sha256(b"float16" if self.dtype == torch.float16 else b"")
+def _pipeline_hash(pipe: StableDiffusionPipeline) -> str: # 16 hex digits
+    "Of configurations, vocabulary and weights."
+    h = hashlib.sha256(json.dumps(sorted(pipe.tokenizer.get_vocab().items())).encode())
     for part in ("unet", "vae", "text_encoder", "scheduler"):
-        module = getattr(self.pipe, part)
-        config = (
-            {k: v for k, v in module.config.items() if not k.startswith("_")}
-            if part != "text_encoder"
-            else {}
-            if (act := module.config.hidden_act) == "quick_gelu"
-            else {"hidden_act": act}
-        )
+        module = getattr(pipe, part)
+        config = module.config if part != "text_encoder" else dict(hidden_act=module.config.hidden_act)
+        config = {k: v for k, v in config.items() if not k.startswith("_")}
         h.update(json.dumps(config, sort_keys=True, default=str).encode())
-        for k, v in getattr(module, "named_parameters", lambda: ())():
-            h.update(
-                f"{k} {tuple(v.shape)} {v.double().sum().item():.12e} "
-                f"{v.double().square().sum().item():.12e}".encode()
-            )
+        h.update(tensors_hash(getattr(module, "state_dict", dict)()).encode())
     return h.hexdigest()[:16]
+
+# %% ../../nbs/diffusion/04_prior.ipynb #4e3e0020
+@patch(as_prop=True)
+def fingerprint(self: Prior) -> str: # 16 hex digits
+    "What this generator is, by its content."
+    if self._hash is None:
+        work_out = lambda: _pipeline_hash(self.pipe)
+        self._hash = remembered(f"pipeline {self.files} {self.dtype}", work_out) if self.files else work_out()
+    return self._hash
 
 # %% ../../nbs/diffusion/04_prior.ipynb #7b00187c
 @patch
@@ -376,7 +378,7 @@ def load_prior(
         raise ValueError(
             f"{folder} cannot be read as a pipeline; delete it and download or copy it again ({type(e).__name__}: {e})."
         ) from e
-    return Prior(pipe, str(name_or_path), device)
+    return Prior(pipe, str(name_or_path), device, signature(folder))
 
 # %% ../../nbs/diffusion/04_prior.ipynb #323b103d
 @torch.inference_mode()

@@ -70,7 +70,7 @@ def run_many(specs: Sequence[RunSpec],
     """
     specs = list(specs)
     engine.announce(specs)
-    resolved = [resolve(s) for s in specs]
+    resolved = [resolve(s, root) for s in specs]
     hashes, runs = [r.hash for r in resolved], cache_folder(cache) / "runs" # finds every bad specification
     todo = {h for h in hashes if fresh or not (runs / f"{h}.json").exists()}
     check_labels([r for r in resolved if r.hash in todo], root)

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['LOAD_UP_TO', 'cache_folder', 'images_of', 'RunData', 'run_data', 'run_split', 'run_prior', 'pool_folder',
-           'pool_folders', 'fill_with', 'fill_locally', 'fill_pools', 'read_pairs', 'pair_set']
+           'pool_folders', 'by_other_code', 'fill_with', 'fill_locally', 'fill_pools', 'read_pairs', 'pair_set']
 
 # %% ../../nbs/runs/07_pools.ipynb #b40401e9
-import hashlib, math, os, warnings
+import hashlib, json, math, os, warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from ..core.files import canonical, locked
-from ..core.progress import watched
+from ..core.progress import say, watched
+from ..core.source import source_hash
 from .identity import prior_identity, resolve, Resolved
 from .spec import RunSpec
 
@@ -48,19 +49,20 @@ class RunData:
 
 def run_data(r: Resolved, root: str | Path | None = None) -> RunData:
     "The data of a resolved run."
-    train, test = (images_of(r.spec.dataset, part, root) for part in ("train", "test"))
+    train, test = (images_of(r.spec.dataset, part, root or r.root) for part in ("train", "test"))
     return RunData(train, test, r.problem.split(r.spec, train, test))
 
 
 def run_split(spec: RunSpec, root: str | Path | None = None): # the problem's split
     "Which images a run is about."
-    return run_data(resolve(spec), root).split
+    return run_data(resolve(spec, root)).split
 
 # %% ../../nbs/runs/07_pools.ipynb #5b9b42ca
 @lru_cache(maxsize=1)
-def _loaded(name: str, identity: str): # ucdm.diffusion.prior.Prior; loaded again where the content changed
+def _loaded(name: str, identity: str): # ucdm.diffusion.prior.Prior
+    "The generator; loaded again where the content changed, and from the hub at the commit that its identity names."
     from ucdm.diffusion.prior import load_prior
-    return load_prior(name)
+    return load_prior(identity.removeprefix("hub:")) if identity.startswith("hub:") else load_prior(name)
 
 
 def run_prior(spec: RunSpec): # ucdm.diffusion.prior.Prior
@@ -72,12 +74,14 @@ def pool_folder(r: Resolved, # whose pairs
                 kind: str, # "positive" or "negative"
                 data: RunData, cache: Path) -> Path:
     "Where positives, or negatives, like those of this run are kept."
+    from ucdm.method.generate import MAKES_PAIRS
     decides = dict(
         kind=kind,
         prior=r.prior,
         data=data.train.unlabelled().fingerprint,
         classes=list(data.split.known_names),
         config=r.pairs.deciding(kind),
+        code=source_hash(MAKES_PAIRS),
     )
     if r.pairs.pairing != "aligned": decides["ids"] = data.split.seed_index.tolist()
     return cache / "pairs" / hashlib.sha256(canonical(decides).encode()).hexdigest()[:16]
@@ -87,6 +91,14 @@ def pool_folders(r: Resolved, data: RunData, cache: Path) -> dict[str, Path]: # 
     "The pools of a run."
     from ucdm.method.pairs import KINDS
     return {kind: pool_folder(r, kind, data, cache) for kind in KINDS}
+
+# %% ../../nbs/runs/07_pools.ipynb #1de20024
+def by_other_code(store) -> list[Path]: # of a ucdm.method.pair_store.PairStore
+    "Pools beside this one that differ in nothing but the code that made them."
+    def settings(file): return {k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if k != "code"}
+    specs = [f for f in store.folder.parent.glob("*/spec.json") if f.parent != store.folder]
+    own = settings(store.folder / "spec.json")
+    return [f.parent for f in specs if f.stat().st_size and settings(f) == own]
 
 # %% ../../nbs/runs/07_pools.ipynb #2aeb5ff4
 def fill_with(prior, # the generator, with a fingerprint
@@ -102,6 +114,8 @@ def fill_with(prior, # the generator, with a fingerprint
     stores = pair_stores(folders, prior.fingerprint, data.train.unlabelled().fingerprint, classes, config, order)
     held = lambda: sum(len(s.held(ids)) for s in stores.values()) // len(stores)
     seeds = data.train[torch.tensor(order, dtype=torch.int64)].unlabelled()
+    for old in (old for s in stores.values() if not s.index() for old in by_other_code(s)):
+        say(f"the pairs in {old} have the same settings, but other code made them: they are made anew")
     with watched(held, len(ids), "seed images have their pairs", quiet=bars):
         fill_stores(stores, prior, seeds, order, classes, config, progress=bars)
     return stores
@@ -159,5 +173,5 @@ def pair_set(spec: RunSpec, # whose pairs
              fill: Callable = fill_locally, # generates what is missing
             ): # ucdm.method.pair_store.PairSet, one entry a seed image, in the order of `split.seed_index`
     "The pairs of a run's seed images: from the pools, after generating what they lack."
-    r = resolve(spec)
-    return read_pairs(r, run_data(r, root), cache, bars, fill)
+    r = resolve(spec, root)
+    return read_pairs(r, run_data(r), cache, bars, fill)

@@ -73,12 +73,12 @@ def labelling_rounds(history: list, # of a fitted method
     return rounds
 
 # %% ../../nbs/runs/08_result.ipynb #ff8c9b96
-def write_result(path: str | Path, result: RunResult) -> None:
+def write_result(path: str | Path, result: RunResult, root: Path | str | None = None) -> None:
     "Keep a result, with the identity of its run. OSError says what could not be written."
-    atomic_json(path, asdict(result) | dict(identity=identity(result.spec)), checksum=True)
+    atomic_json(path, asdict(result) | dict(identity=identity(result.spec, root)), checksum=True)
 
 
-def read_result(path: str | Path, spec: RunSpec | None = None) -> RunResult:
+def read_result(path: str | Path, spec: RunSpec | None = None, root: Path | str | None = None) -> RunResult:
     """A result file as RunResult; `spec` may differ from the one it was computed for in what the hash leaves out.
 
     CorruptResult if it is not whole.
@@ -89,7 +89,7 @@ def read_result(path: str | Path, spec: RunSpec | None = None) -> RunResult:
         parts = [content[k] for k in ("rounds", "epochs", "seeds", "provenance", "curves")]
         result = RunResult(spec or RunSpec(**content["spec"]), content["hash"], back, *parts)
     except (KeyError, TypeError) as e: raise CorruptResult(f"{path} lacks what a result has ({e!r})") from None
-    if spec is not None and result.hash != spec_hash(spec):
+    if spec is not None and result.hash != spec_hash(spec, root):
         raise CorruptResult(f"{path} holds the result of another run ({RunSpec(**content['spec'])})")
     return result
 

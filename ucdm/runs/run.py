@@ -102,17 +102,17 @@ def run(spec: RunSpec,
     ValueError or TypeError, before anything is computed, for a specification that cannot be; OSError if something
     cannot be read or written. What the method itself raises goes through.
     """
-    r, folder = resolve(spec), cache_folder(cache)
+    r, folder = resolve(spec, root), cache_folder(cache)
     path, partial = folder / "runs" / f"{r.hash}.json", folder / "partial" / r.hash
     with locked(folder / "partial" / f"{r.hash}.lock", str(spec)):
         clear_partials(partial)
         if path.exists(): partial.unlink(missing_ok=True) # killed after its result was written
         if fresh: forget(r, folder)
         if path.exists():
-            try: return read_result(path, spec)
+            try: return read_result(path, spec, root)
             except CorruptResult as e: warnings.warn(f"{e}. It is computed again.")
         result = _compute(r, folder, partial, root, progress, fill)
-        write_result(path, result)
+        write_result(path, result, root)
         partial.unlink(missing_ok=True)
         return result
 

@@ -1,0 +1,112 @@
+"Pairs and results are known by everything that decides them."
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from ucdm.core import source
+from ucdm.core.files import ASSETS
+from ucdm.data.datasets import load_dataset
+from ucdm.diffusion.prior import load_prior
+from ucdm.method.generate import generate_pairs
+from ucdm.method.pairs import PairConfig
+from ucdm.runs import identity, pools
+from ucdm.runs.code import code_hash
+from ucdm.runs.identity import prior_identity, resolve, spec_hash
+from ucdm.runs.spec import RunSpec
+
+SPEC = RunSpec(n_seeds=8, n_test=24, pairs=dict(steps=2))
+
+
+@pytest.fixture(autouse=True)
+def own_memory(tmp_path, monkeypatch):
+    monkeypatch.setenv("UCDM_CACHE", str(tmp_path / "memory"))
+
+
+@pytest.fixture
+def other_code(monkeypatch):
+    "Pretend that the source of a function is another one."
+    def change(module, name, old, new):
+        text = source.PACKAGE.parent.joinpath(*module.split(".")).with_suffix(".py").read_text(encoding="utf-8")
+        assert text.count(old) >= 1
+        modules = source._package() | {module: source._read_module(module, text.replace(old, new))}
+        monkeypatch.setattr(source, "_package", lambda: modules)
+        source.source_hash.cache_clear()
+        code_hash.cache_clear()
+    yield change
+    source.source_hash.cache_clear()
+    code_hash.cache_clear()
+
+
+def folders(tmp_path):
+    r = resolve(SPEC)
+    return pools.pool_folders(r, pools.run_data(r), tmp_path)
+
+
+def test_pairs_of_other_code(tmp_path, other_code, capsys):
+    "After a change of the inversion, stored pairs are not used, and whoever needs new ones is told."
+    pools.pair_set(SPEC, tmp_path)
+    before = folders(tmp_path)
+    other_code("ucdm.diffusion.schedule", "ddim_inverse_step", "def ddim_inverse_step(", "def ddim_inverse_step(changed, ")
+    after = folders(tmp_path)
+    assert set(before.values()).isdisjoint(after.values())
+    pools.pair_set(SPEC, tmp_path)
+    assert str(before["negative"]) in capsys.readouterr().out
+
+
+def test_messages_and_comments_are_no_other_code(tmp_path, other_code):
+    before = folders(tmp_path)
+    other_code("ucdm.diffusion.prior", "Prior", "an inpainting, depth or upscaling model", "something else")
+    assert folders(tmp_path) == before
+
+
+def test_a_rule_decides_results(other_code):
+    "What answers by a rule for `other` counts as code of the result."
+    before = code_hash("fixmatch")
+    other_code("ucdm.runs.mismatch", "by_rule", "def by_rule(", "def by_rule(changed, ")
+    assert code_hash("fixmatch") != before
+
+
+def test_store_of_other_code(tmp_path, other_code):
+    "A folder of one's own is refused, with a reason."
+    seeds, prior = load_dataset("fashion-mnist", "train")[torch.arange(3)], load_prior()
+    make = lambda: generate_pairs(prior, seeds, ("bag",), PairConfig(steps=1), tmp_path / "mine", progress=False)
+    make()
+    other_code("ucdm.diffusion.schedule", "ddim_step", "def ddim_step(", "def ddim_step(changed, ")
+    with pytest.raises(ValueError, match="differ in code"): make()
+
+
+def test_whole_generator(tmp_path):
+    "A byte deep inside a large file, the order of weights, and a file that changes meanwhile are noticed."
+    folder = tmp_path / "prior"
+    shutil.copytree(ASSETS / "priors" / "fashion-mnist", folder)
+    first = prior_identity(str(folder))
+    assert first == prior_identity("fashion-mnist")
+    for byte in (b"a", b"b"): # in the middle of 66 MB
+        (folder / "extra.bin").write_bytes(bytes(1 << 21) + byte + bytes(1 << 26))
+        assert (now := prior_identity(str(folder))) != first
+        first = now
+    prior = load_prior()
+    weight = next(p for p in prior.pipe.unet.parameters() if p.ndim == 4)
+    turned = load_prior()
+    turned.files = None
+    with torch.no_grad(): next(p for p in turned.pipe.unet.parameters() if p.ndim == 4).copy_(weight.flip(-1))
+    assert turned.fingerprint != prior.fingerprint # the sums are the same
+
+
+def test_hub_commit(monkeypatch):
+    "A hub id is what it means today."
+    monkeypatch.setattr(identity, "hub_commit", lambda name: "0123")
+    first = spec_hash(RunSpec(prior="owner/model"))
+    monkeypatch.setattr(identity, "hub_commit", lambda name: "4567")
+    assert spec_hash(RunSpec(prior="owner/model")) != first
+
+
+def test_committed_results_keep_their_names():
+    "The results of this repository are found under their specifications."
+    files = sorted(Path(__file__).parent.parent.glob("outputs/committed/*/results/runs/*.json"))
+    runs = [json.loads(f.read_text(encoding="utf-8")) for f in files]
+    own = [r for r in runs if "/" not in r["spec"]["prior"]] # without generators that lie in a cache
+    assert len(own) > 200 and all(spec_hash(RunSpec(**r["spec"])) == r["hash"] for r in own)
