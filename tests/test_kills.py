@@ -178,7 +178,7 @@ def disturbed(job, whole, seed, looks=lambda folder: None):
 def files(folder):
     "The files below a folder but for what a killed writer may leave, locks, and notes of what was compared."
     found = (p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file())
-    return [name for name in found if not name.endswith((".partial", "lock", ".wait", "verified.json"))]
+    return [name for name in found if not name.endswith((".partial", "lock", ".wait", ".holder", "verified.json"))]
 
 
 def same_pairs(here, there, alone):

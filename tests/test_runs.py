@@ -50,7 +50,8 @@ def seeds(): return load_dataset("fashion-mnist", "train")[torch.arange(20)].unl
 
 def generate(prior, seeds, store=None):
     return generate_pairs(
-        prior, seeds, ("T-shirt", "trouser"), PairConfig(**STEPS), store=store, shard_size=4, progress=False
+        prior, seeds, ("T-shirt", "trouser"), PairConfig(**STEPS), store=store, shard_size=4, progress=False,
+        ids=range(len(seeds)),
     )
 
 
