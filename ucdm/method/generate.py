@@ -6,6 +6,7 @@
 __all__ = ['COMPILE_FROM', 'app', 'evaluations', 'images_per_shard', 'pair_stores', 'fill_stores', 'generate_pairs', 'main']
 
 # %% ../../nbs/method/09_generate.ipynb #4eb6ee7d
+import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,11 +21,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.batching import AdaptiveBatches
+from ..core.checked import nearest
 from ..core.device import process_group
+from ..data.class_names import check_class_names, CLASSES
 from ..data.datasets import load_dataset
 from ..data.folder import load_unlabelled
 from ..data.images import ImageSet
+from ..diffusion.captions import check_prompts
 from ..diffusion.prior import load_prior, Prior
+from ..diffusion.schedule import grid_pair
 from .batch_size import find_batch_size
 from .pair_latents import generate_batch
 from .pair_store import PairSet, PairStore
@@ -165,12 +170,20 @@ def fill_stores(
             for kind, images in made.items() if first else (): stores[kind].append([ids[n] for n in rows], images)
         if together: together.wait_for_everyone()
 
+# %% ../../nbs/method/09_generate.ipynb #6a68cca0
+def _checked_names(prior, classes: Sequence[str], config: PairConfig) -> tuple[str, ...]:
+    "The class names, trimmed. ValueError for names, steps or prompts that will not do with this generator."
+    names = check_class_names(classes)
+    if other := [n for n in config.prompts if n not in names]:
+        raise ValueError(f"PairConfig.prompts: {nearest(other[0], names, 'class name')}")
+    grid_pair(prior.schedule, config.steps, config.grid)
+    check_prompts(prior, names, [prompt for n in names for prompt in config.choices(n)])
+    return names
+
 # %% ../../nbs/method/09_generate.ipynb #4fd6e98a
-def _check_ids(seeds, classes, ids) -> list[int]:
+def _check_ids(seeds, ids) -> list[int]:
     "The ids of the seed images. ValueError if something is missing or there twice."
     if not len(seeds): raise ValueError("there are no seed images; give at least one.")
-    if not classes: raise ValueError("there are no class names; give at least one.")
-    if len(set(classes)) < len(classes): raise ValueError(f"class names must differ, got {', '.join(classes)}.")
     ids = list(map(int, ids)) if ids is not None else list(range(len(seeds)))
     if len(ids) != len(seeds): raise ValueError(f"{len(ids)} ids for {len(seeds)} seed images; give one for each.")
     if len(set(ids)) < len(ids): raise ValueError("two seed images have the same id; ids must differ.")
@@ -193,9 +206,9 @@ def generate_pairs(
 ) -> PairSet:
     """Algorithm 1 for all seed images and classes, resuming what `store` already holds.
 
-    ValueError if there is nothing to do it with.
+    ValueError for names, prompts or steps that will not do, or if there is nothing to do it with.
     """
-    ids = _check_ids(seeds, classes, ids)
+    classes, ids = _checked_names(prior, classes, config), _check_ids(seeds, ids)
     if store is None:
         batch_size, shard_size = _sizes(prior, config, len(classes), batch_size, shard_size)
         todo = [(list(rows), KINDS) for rows in torch.arange(len(seeds)).split(shard_size)]
@@ -206,8 +219,32 @@ def generate_pairs(
     fill_stores(stores, prior, seeds, ids, classes, config, batch_size, shard_size, compile, progress)
     return PairSet(*(stores[kind].load(ids) for kind in KINDS), tuple(classes))
 
+# %% ../../nbs/method/09_generate.ipynb #1627b4df
+def _first(found: ImageSet, # in `images`
+           first: int | None, images: str) -> ImageSet: # without labels
+    "As many images as the command asks for. ValueError if there are fewer."
+    if first and first > len(found):
+        raise ValueError(f"--first {first}: {images} holds only {len(found)} images; ask for no more, or for all.")
+    return (found[torch.arange(first)] if first else found).unlabelled()
+
+# %% ../../nbs/method/09_generate.ipynb #b1749f63
+def _generate(
+    images: str, classes: list[str], store: Path, prior: str, config: PairConfig, first: int | None, size: int,
+    batch_size: int | None
+) -> None:
+    "What the command does, once its options are read. All is checked before the first file is written."
+    names, own = check_class_names(classes), Path(images).is_dir()
+    if not own and images not in CLASSES:
+        raise FileNotFoundError(f"there is no folder {images}, and {nearest(images, CLASSES, 'data set')}")
+    generator = load_prior(prior)
+    names = _checked_names(generator, names, config)
+    seeds = _first(load_unlabelled(images, names, size) if own else load_dataset(images), first, images)
+    folders, ids = {kind: store / kind for kind in KINDS}, range(len(seeds))
+    stores = pair_stores(folders, generator.fingerprint, seeds.fingerprint, names, config, ids)
+    fill_stores(stores, generator, seeds, ids, names, config, batch_size)
+
 # %% ../../nbs/method/09_generate.ipynb #f4fa513a
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 @app.command()
 def main(images: str = typer.Argument(help="a data set, whose training images are taken, or a folder of images"),
@@ -215,19 +252,17 @@ def main(images: str = typer.Argument(help="a data set, whose training images ar
          store: Path = typer.Option(help="folder to keep the pairs in; what it holds is not made again"),
          prior: str = typer.Option("fashion-mnist", help="packaged prior, folder or hub id"),
          preset: str = typer.Option("paper", help=f"settings: {', '.join(PRESETS)}"),
-         steps: int = typer.Option(None, help="DDIM steps, if not those of the preset"),
-         first: int = typer.Option(None, help="only so many images, the first"),
-         size: int = typer.Option(32, help="side to which the images of a folder are resized"),
-         batch_size: int = typer.Option(None, help="pairs in a batch; by default what fits into memory")):
+         steps: int = typer.Option(None, min=1, help="DDIM steps, if not those of the preset"),
+         first: int = typer.Option(None, min=1, help="only so many images, the first"),
+         size: int = typer.Option(32, min=1, help="side to which the images of a folder are resized"),
+         batch_size: int = typer.Option(None, min=1, help="pairs in a batch; by default what fits into memory")):
     "Generate pairs into a folder; under `accelerate launch`, on several GPUs."
     try:
-        found = load_unlabelled(images, tuple(classes), size) if Path(images).is_dir() else load_dataset(images)
-        seeds = found[torch.arange(first) if first else slice(None)].unlabelled()
-        generator, config = load_prior(prior), PairConfig.preset(preset, **({"steps": steps} if steps else {}))
-        folders, ids = {kind: store / kind for kind in KINDS}, range(len(seeds))
-        stores = pair_stores(folders, generator.fingerprint, seeds.fingerprint, classes, config, ids)
-        fill_stores(stores, generator, seeds, ids, classes, config, batch_size)
-    except (ValueError, FileNotFoundError, MemoryError) as e: raise SystemExit(str(e))
+        config = PairConfig.preset(preset, **({} if steps is None else {"steps": steps}))
+        _generate(images, classes, store, prior, config, first, size, batch_size)
+    except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as e:
+        print(f"ucdm.method.generate: {e}", file=sys.stderr)
+        raise typer.Exit(2) from None
 
 # %% ../../nbs/method/09_generate.ipynb #aeda416d
 if __name__ == "__main__" and __spec__ is not None: app()

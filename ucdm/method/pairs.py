@@ -86,6 +86,13 @@ def item_prompt(config: PairConfig, i: int, name: str) -> str:
     choices = config.prompts.get(name) or [t.format(name) for t in config.templates]
     return choices[int(item_words(config.seed, i, name, "prompt")[0]) % len(choices)]
 
+# %% ../../nbs/method/02_pairs.ipynb #0bd77965
+@patch
+def choices(self: PairConfig, name: str, # of a class
+           ) -> list[str]:
+    "The prompts of a class."
+    return list(self.prompts.get(name) or [t.format(name) for t in self.templates])
+
 # %% ../../nbs/method/02_pairs.ipynb #939869c2
 def source_image(
     n_seeds: int, # seed images
