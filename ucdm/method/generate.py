@@ -177,7 +177,7 @@ def _checked_names(prior, classes: Sequence[str], config: PairConfig) -> tuple[s
     if other := [n for n in config.prompts if n not in names]:
         raise ValueError(f"PairConfig.prompts: {nearest(other[0], names, 'class name')}")
     grid_pair(prior.schedule, config.steps, config.grid)
-    check_prompts(prior, names, [prompt for n in names for prompt in config.choices(n)])
+    check_prompts(prior, names, [prompt for n in names for prompt in config.prompts_of(n)])
     return names
 
 # %% ../../nbs/method/09_generate.ipynb #4fd6e98a

@@ -88,9 +88,8 @@ def item_prompt(config: PairConfig, i: int, name: str) -> str:
 
 # %% ../../nbs/method/02_pairs.ipynb #0bd77965
 @patch
-def choices(self: PairConfig, name: str, # of a class
-           ) -> list[str]:
-    "The prompts of a class."
+def prompts_of(self: PairConfig, name: str) -> list[str]:
+    "All prompts that a class may get."
     return list(self.prompts.get(name) or [t.format(name) for t in self.templates])
 
 # %% ../../nbs/method/02_pairs.ipynb #939869c2
