@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.batching import AdaptiveBatches
-from ..core.checked import nearest
+from ..core.checked import checked, Count, nearest
 from ..core.device import process_group
 from ..data.class_names import check_class_names, CLASSES
 from ..data.datasets import load_dataset
@@ -252,12 +252,14 @@ def main(images: str = typer.Argument(help="a data set, whose training images ar
          store: Path = typer.Option(help="folder to keep the pairs in; what it holds is not made again"),
          prior: str = typer.Option("fashion-mnist", help="packaged prior, folder or hub id"),
          preset: str = typer.Option("paper", help=f"settings: {', '.join(PRESETS)}"),
-         steps: int = typer.Option(None, min=1, help="DDIM steps, if not those of the preset"),
-         first: int = typer.Option(None, min=1, help="only so many images, the first"),
-         size: int = typer.Option(32, min=1, help="side to which the images of a folder are resized"),
-         batch_size: int = typer.Option(None, min=1, help="pairs in a batch; by default what fits into memory")):
+         steps: int = typer.Option(None, help="DDIM steps, if not those of the preset"),
+         first: int = typer.Option(None, help="only so many images, the first"),
+         size: int = typer.Option(32, help="side to which the images of a folder are resized"),
+         batch_size: int = typer.Option(None, help="pairs in a batch; by default what fits into memory")):
     "Generate pairs into a folder; under `accelerate launch`, on several GPUs."
     try:
+        counts = {"--steps": steps, "--first": first, "--size": size, "--batch-size": batch_size}
+        for option, value in counts.items(): checked(value, Count | None, option)
         config = PairConfig.preset(preset, **({} if steps is None else {"steps": steps}))
         _generate(images, classes, store, prior, config, first, size, batch_size)
     except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as e:
