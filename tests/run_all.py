@@ -31,7 +31,8 @@ class Skipped(Exception):
 
 def run(*command, cwd=ROOT, **env):
     "Run a program of this environment, show what it prints as it comes, and return its exit status and text."
-    process = subprocess.Popen([BIN / command[0], *command[1:]], cwd=cwd, env={**os.environ, **env}, text=True,
+    process = subprocess.Popen([BIN / command[0], *command[1:]], cwd=cwd, env={**os.environ, **env},
+                               encoding="utf-8", errors="replace", # a log may hold anything
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
     lines = []
     for line in process.stdout:

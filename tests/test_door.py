@@ -236,11 +236,11 @@ def stack():
 
 @pytest.mark.parametrize("trouble", ["log", "tmpdir", "ascii"])
 def test_reproduce_anywhere(project, tmp_path, stack, trouble):
-    """A log that is not UTF-8, a folder for temporary files whose name has 118 characters, a terminal that knows only
+    """A log and an error that are not UTF-8, a folder for temporary files whose name has 118 characters, a terminal that knows only
     ASCII: the notebooks run, and the summary is written.
     """
     body = "from ucdm.core.progress import say\nsay('· é')\nprint('é')\nimport os; os.write(1, b'\\xe9\\n')"
-    options = project(a=body + "; raise ValueError('ö')" if trouble == "log" else body, b=body)
+    options = project(a=body + "; raise OSError(os.fsdecode(b'caf\\xe9.png'))" if trouble == "log" else body, b=body)
     more = {}
     if trouble == "tmpdir":
         long = stack.enter_context(tempfile.TemporaryDirectory(dir="/tmp"))
