@@ -92,8 +92,8 @@ def photos(tmp_path_factory):
 @pytest.mark.parametrize("names, complaint", [
     (("", "bag"), "must not be empty, got ''"),
     (("  ",), "must not be empty, got '  '"),
-    (("bag", "bag"), "must differ, got 'bag' twice"),
-    (("bag", " bag "), "must differ, got 'bag' twice"),
+    (("bag", "bag"), "must be a list of names that differ, got 'bag' twice"),
+    (("bag", " bag "), "must be a list of names that differ, got 'bag' twice"),
     ("bag", "must be a list of one or more different names, got 'bag'"),
     ((), "must be a list of one or more different names"),
     (("caf\udce9",), "set PYTHONUTF8=1"),
@@ -139,7 +139,7 @@ def refused(app, *command):
 
 
 @pytest.mark.parametrize("options, complaint", [
-    (["bag", "bag"], "class names must differ, got 'bag' twice; give each once"),
+    (["bag", "bag"], "classes must be a list of names that differ, got 'bag' twice; give each once"),
     (["bag", ""], "class names must not be empty, got ''; leave it out"),
     (["bag", "--first", "9000"], "--first 9000: PHOTOS holds only 3 images; ask for no more"),
     (["bag", "--first", "10"], "--first 10: PHOTOS holds only 3 images; ask for no more"),

@@ -121,7 +121,8 @@ def check_class_names(names: Sequence[str], # as someone wrote them
         raise ValueError(f"classes must be a list of one or more different names, got {names!r}.")
     found, seen = tuple(map(_class_name, names)), {}
     if double := sorted({n for n in found if found.count(n) > 1}):
-        raise ValueError(f"class names must differ, got {', '.join(map(repr, double))} twice; give each once.")
+        twice = ", ".join(map(repr, double))
+        raise ValueError(f"classes must be a list of names that differ, got {twice} twice; give each once.")
     for name in found:
         if (other := seen.setdefault(name.casefold(), name)) != name:
             warnings.warn(f"the class names {other!r} and {name!r} differ only in capital letters: one thing or two?")
