@@ -8,6 +8,7 @@ import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import nbformat
@@ -29,7 +30,8 @@ from ucdm.method.generate import app as generate, generate_pairs
 from ucdm.method.pair_store import PairStore
 from ucdm.method.pairs import PairConfig
 from ucdm.method.train_config import TrainConfig
-from ucdm.runs.identity import spec_hash
+from ucdm.runs.identity import resolve, spec_hash
+from ucdm.runs.pools import fill_locally, pair_set
 from ucdm.runs.registry import get_method, METHODS
 from ucdm.runs.spec import grid, RunSpec
 
@@ -127,6 +129,17 @@ def test_settings_that_do_not_fit_the_generator(prior, photos, tmp_path, config,
     with pytest.raises(ValueError) as refused:
         generate_pairs(prior, load_unlabelled(photos, ["bag"]), ["bag"], PairConfig(**config), tmp_path / "store")
     assert complaint in str(refused.value) and not (tmp_path / "store").exists()
+
+
+def test_run_that_does_not_fit_its_generator(tmp_path):
+    "Nothing is begun in the pools; a generator that has no words for the data set's classes is said to have none."
+    spec = RunSpec(n_seeds=2, n_test=2, pairs=dict(steps=7))
+    with pytest.raises(ValueError, match="steps=7 must divide"): pair_set(spec, tmp_path)
+    assert not list(tmp_path.rglob("spec.json"))
+    r, names = resolve(RunSpec(prior="cifar10", pairs=dict(steps=1))), SimpleNamespace(known_names=("rabbit",))
+    filled = mock.patch("ucdm.runs.pools.fill_with")
+    with filled, pytest.warns(UserWarning, match="no word for 'rabbit'.*airplane"):
+        fill_locally(r, SimpleNamespace(split=names), {})
 
 
 def refused(app, *command):
