@@ -67,3 +67,9 @@ def test_notebooks_that_never_started():
         False,
         "nbdev_test ended with status 1 and named no notebook",
     )
+
+
+def test_output_that_is_not_utf8(capsys):
+    "A stage may print any bytes; the summary of all stages still comes."
+    status, said = run_all.run("python", "-c", "import os; os.write(1, b'caf\\xe9\\n'); print('over')")
+    assert status == 0 and said == "caf\ufffd\nover\n"

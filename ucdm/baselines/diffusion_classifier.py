@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import torch
-from annotated_types import Ge, Interval
+from annotated_types import Interval
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core.checked import settings
+from ..core.checked import Count, Seed, settings, Template
 from ..core.randomness import generator
 from ..diffusion.prior import Prior
 from ..diffusion.schedule import add_noise
@@ -65,16 +65,9 @@ def posterior(errors: Tensor, # [N, C, n]
 class DiffusionClassifierConfig:
     "Settings of the Diffusion Classifier. `ValueError` or `TypeError` for a value that makes no sense."
     draws: Annotated[int, Interval(ge=1, le=1000)] = 100 # n, levels (with one noise each) an image
-    template: str = "A photo of a {}" # prompt, {} is the class name
-    batch_size: Annotated[int, Ge(1)] = 256 # evaluations of the model at a time
-    seed: int = 0 # of the noise
-
-    def __post_init__(self):
-        if self.template.count("{}") != 1:
-            raise ValueError(
-                f"DiffusionClassifierConfig.template={self.template!r} must contain {{}} once, where the class "
-                "name goes"
-            )
+    template: Template = "A photo of a {}" # prompt, {} is the class name
+    batch_size: Count = 256 # evaluations of the model at a time
+    seed: Seed = 0 # of the noise
 
 # %% ../../nbs/baselines/19_diffusion_classifier.ipynb #2744e91f
 class DiffusionClassifier:

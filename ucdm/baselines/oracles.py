@@ -6,29 +6,22 @@
 __all__ = ['OracleConfig', 'real_pairs', 'fit_oracle']
 
 # %% ../../nbs/baselines/18_oracles.ipynb #9f908f1c
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from .config import Fraction
-from ..core.checked import checked
+from ..core.checked import settings
 from ..method.fit import fit_ucdm
 from ..method.pair_store import PairSet
 from ..method.train_config import TrainConfig
 from ..runs.registry import register_method, Task
 
 # %% ../../nbs/baselines/18_oracles.ipynb #b251d5cd
-@dataclass(frozen=True)
+@settings
 class OracleConfig(TrainConfig):
     "UCDM's settings, and how much of its pairs is real. ValueError for a fraction outside [0, 1]."
-    real_positives: float = 1. # fraction of positives that are real images of the class
-    real_negatives: float = 1. # fraction of negatives that are real images of something else
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("real_positives", "real_negatives"):
-            checked(getattr(self, name), Fraction, f"OracleConfig.{name}")
+    real_positives: Fraction = 1. # fraction of positives that are real images of the class
+    real_negatives: Fraction = 1. # fraction of negatives that are real images of something else
 
 # %% ../../nbs/baselines/18_oracles.ipynb #bff6dfef
 def real_pairs(pairs: PairSet, # generated

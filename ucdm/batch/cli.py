@@ -26,7 +26,7 @@ from ucdm.batch.profiles import (
 from .runner import Batch
 from ..core.checked import nearest
 from ..core.files import write_atomic
-from ..core.progress import human_time
+from ..core.progress import human_time, print_anything
 
 # %% ../../nbs/batch/11_cli.ipynb #5b02912c
 def committed_folder(experiments: dict[str, Experiment], profile: str) -> Path:
@@ -207,9 +207,9 @@ _ENGINE = typer.Option(
 _ADDRESS = _option(
     "--address", help="With --engine ray: the cluster, as HOST:PORT. [default: the one that this machine belongs to]"
 )
-_CPUS = _option("--task-cpus", help="With --engine ray: cores a task. [default: 1]")
+_CPUS = _option("--task-cpus", min=0, help="With --engine ray: cores a task. [default: 1]")
 _GPUS = _option(
-    "--task-gpus", help="With --engine ray: GPUs a task, or a part of one. [default: 1 if the cluster has any]"
+    "--task-gpus", min=0, help="With --engine ray: GPUs a task, or a part of one. [default: 1 if the cluster has any]"
 )
 _OUT = _option("--out", help="Folder for the results. [default: outputs/PROFILE]")
 _NOTEBOOKS = _option(
@@ -258,6 +258,7 @@ def main(
     out: Path = _OUT,
     notebooks: Path = _NOTEBOOKS,
 ):
+    print_anything()
     status = 0
     try:
         if more and not only:

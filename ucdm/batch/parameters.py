@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..core.checked import nearest
+from ..core.files import canonical
 
 # %% ../../nbs/batch/01_parameters.ipynb #e1c836b1
 TYPES = dict(bool=bool, int=int, float=float, str=str, list=list, dict=dict)
@@ -42,7 +43,9 @@ class Parameter:
         return WORDS[type(self.default).__name__]
 
     def accepts(self, value) -> bool:
-        "Whether `value`, from JSON, is of the parameter's type."
+        "Whether `value` is of the parameter's type, and JSON can hold it."
+        try: canonical(value)
+        except TypeError: return False # not finite, or not plain
         if self.default is None: return value is None or _like(value, TYPES[self.hint])
         if isinstance(self.default, list) and isinstance(value, list) and self.default:
             return all(any(_like(v, type(d)) for d in self.default) for v in value)

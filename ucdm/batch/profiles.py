@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROFILE_KEYS', 'JOB_KEYS', 'Experiment', 'imports_of', 'read_experiment', 'find_experiments', 'experiments_folder',
-           'chosen', 'check_keys', 'load_profile', 'Job', 'plan', 'with_values']
+           'chosen', 'check_keys', 'read_yaml', 'load_profile', 'Job', 'plan', 'with_values']
 
 # %% ../../nbs/batch/03_profiles.ipynb #d7e689e1
 import ast, hashlib, json, os, re
@@ -122,7 +122,28 @@ def check_keys(values: dict, known: dict[str, type], # key -> type of its value;
         if key not in known: raise ValueError(f"{where}: {nearest(key, known, 'key')}{hint}")
         if value is None and known[key] is dict: continue
         try: checked(value, known[key], key)
-        except TypeError: raise ValueError(f"{where}: {key}={value!r} must be {WORDS[known[key].__name__]}.") from None
+        except (TypeError, ValueError):
+            raise ValueError(f"{where}: {key}={value!r} must be {WORDS[known[key].__name__]}.") from None
+
+# %% ../../nbs/batch/03_profiles.ipynb #036c2647
+class _Yaml(yaml.SafeLoader):
+    "YAML with the plain values of its version 1.2 (core schema), and `<<`, which puts one mapping into another."
+    yaml_implicit_resolvers = {}
+
+_PLAIN = dict(
+    bool=("tTfF", r"true|True|TRUE|false|False|FALSE"),
+    int=("-+0123456789", r"[-+]?(0|[1-9][0-9]*)|0x[0-9a-fA-F]+"),
+    float=("-+.0123456789", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),
+    merge=("<", "<<"),
+    null=(["~", "n", "N", ""], r"null|Null|NULL|~|"),
+)
+for kind, (first, pattern) in _PLAIN.items():
+    _Yaml.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(rf"^(?:{pattern})$"), first)
+
+# %% ../../nbs/batch/03_profiles.ipynb #ebb10633
+def read_yaml(text: str): # numbers, words, lists, mappings, True, False, None
+    "A value written as YAML 1.2. yaml.YAMLError for what is none."
+    return yaml.load(text, _Yaml)
 
 # %% ../../nbs/batch/03_profiles.ipynb #2a0aed82
 def load_profile(name: str, folder: str | Path) -> dict:
@@ -133,7 +154,7 @@ def load_profile(name: str, folder: str | Path) -> dict:
     folder = Path(folder)
     path = folder / f"{name}.yml"
     if not path.exists(): raise ValueError(nearest(name, [p.stem for p in folder.glob("*.yml")], "profile"))
-    try: profile = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try: profile = read_yaml(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as e: raise ValueError(f"{path.name} is not YAML: {e}") from None
     if not isinstance(profile, dict):
         raise ValueError(f"{path.name} must be a mapping with the keys {', '.join(PROFILE_KEYS)}.")
@@ -165,6 +186,7 @@ def _values_of(
     "A notebook's values under a profile, and what is wrong with them. The folder is named as seen from the notebook."
     known, name = experiment.parameters, experiment.name
     problems = [f"{name}: {nearest(p, known, 'parameter')}" for p in own if p not in known]
+    if "out" in common | own: problems.append(f"{name}: out is where results go; leave it out and give --out FOLDER.")
     seen = os.path.relpath(Path(out).resolve(), experiment.path.resolve().parent)
     values = {p: v for p, v in (common | own | dict(out=seen)).items() if p in known}
     problems += [f"{name}: {p}={v!r} must be {known[p].expects}." for p, v in values.items() if not known[p].accepts(v)]
@@ -202,11 +224,12 @@ def plan(experiments: dict[str, Experiment], # what can be run
 
 # %% ../../nbs/batch/03_profiles.ipynb #866a2dbd
 def _read_value(text: str, known: set[str]) -> tuple[str, object]: # name, value
-    "NAME=VALUE. ValueError for an unknown name or what is no YAML."
+    "NAME=VALUE. ValueError for an unknown name, for what is no YAML, and for `out`, which is the batch's own."
     name, given, value = text.partition("=")
     if not given: raise ValueError(f"--set {text}: write it as NAME=VALUE, for instance --set 'run_seeds=[0]'.")
+    if name == "out": raise ValueError(f"--set {text}: where results go is said once for all; write --out {value}.")
     if name not in known: raise ValueError(f"--set {text}: {nearest(name, known, 'parameter')}")
-    try: return name, yaml.safe_load(value)
+    try: return name, read_yaml(value)
     except yaml.YAMLError:
         hint = "Numbers, words, [lists], {mappings: 1} and null are."
         raise ValueError(f"--set {text}: the value is not YAML. {hint}") from None

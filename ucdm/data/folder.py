@@ -12,6 +12,7 @@ import torch
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from .class_names import check_class_names
 from .images import decode_images, ImageSet
 
 # %% ../../nbs/data/05_folder.ipynb #fa3b2fb7
@@ -58,8 +59,6 @@ def load_unlabelled(folder: Path | str, # your images, in the order of `image_fi
 
     FileNotFoundError for a missing or empty folder, ValueError for a corrupt image or class names that will not do.
     """
-    if isinstance(classes, str) or not classes or len(set(classes)) < len(classes):
-        raise ValueError(f"classes must be a list of one or more different names, got {classes!r}.")
-    paths = image_files(folder)
+    classes, paths = check_class_names(classes), image_files(folder)
     images = decode_images(paths, list(map(str, paths)), size)
-    return ImageSet(images, torch.full((len(paths),), -1), tuple(classes), Path(folder).name)
+    return ImageSet(images, torch.full((len(paths),), -1), classes, Path(folder).name)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['COMPILE_FROM', 'MAKES_PAIRS', 'BY_CONTENT', 'app', 'evaluations', 'images_per_shard', 'pair_stores', 'fill_stores',
-           'content_ids', 'generate_pairs', 'main']
+           'check_generator', 'content_ids', 'generate_pairs', 'main']
 
 # %% ../../nbs/method/09_generate.ipynb #4eb6ee7d
+import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,12 +22,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.batching import AdaptiveBatches
+from ..core.checked import checked, Count, nearest
 from ..core.device import process_group
 from ..core.source import source_hash
+from ..data.class_names import check_class_names, CLASSES
 from ..data.datasets import load_dataset, pixel_hash
 from ..data.folder import load_unlabelled
 from ..data.images import ImageSet
+from ..diffusion.captions import check_prompts
 from ..diffusion.prior import load_prior, Prior
+from ..diffusion.schedule import grid_pair
 from .batch_size import find_batch_size
 from .pair_latents import generate_batch
 from .pair_store import PairSet, PairStore
@@ -177,6 +182,22 @@ def fill_stores(
             for kind, images in made.items() if first else (): stores[kind].append([ids[n] for n in rows], images)
         if together: together.wait_for_everyone()
 
+# %% ../../nbs/method/09_generate.ipynb #05bd840b
+def check_generator(prior: Prior, names: Sequence[str], # of classes
+                    config: PairConfig) -> None:
+    "ValueError for steps or prompts that will not do with a generator; a warning for names it has no words for."
+    grid_pair(prior.schedule, config.steps, config.grid)
+    check_prompts(prior, names, [prompt for n in names for prompt in config.prompts_of(n)])
+
+# %% ../../nbs/method/09_generate.ipynb #6a68cca0
+def _checked_names(prior, classes: Sequence[str], config: PairConfig) -> tuple[str, ...]:
+    "The class names, trimmed. ValueError for names, steps or prompts that will not do with this generator."
+    names = check_class_names(classes)
+    if other := [n for n in config.prompts if n not in names]:
+        raise ValueError(f"PairConfig.prompts: {nearest(other[0], names, 'class name')}")
+    check_generator(prior, names, config)
+    return names
+
 # %% ../../nbs/method/09_generate.ipynb #4e3e0033
 BY_CONTENT = "ids are hashes of the pixels" # in place of a data set's fingerprint
 
@@ -193,11 +214,9 @@ def _distinct(seeds: ImageSet, ids: Sequence[int]) -> tuple[list[int], list[int]
     return [place[i] for i in ids], list(place), seeds[torch.tensor([first[i] for i in place])]
 
 # %% ../../nbs/method/09_generate.ipynb #4fd6e98a
-def _check_ids(seeds, classes, ids) -> list[int]:
+def _check_ids(seeds, ids) -> list[int]:
     "The ids of the seed images; None takes `content_ids`. ValueError if something is missing or there twice."
     if not len(seeds): raise ValueError("there are no seed images; give at least one.")
-    if not classes: raise ValueError("there are no class names; give at least one.")
-    if len(set(classes)) < len(classes): raise ValueError(f"class names must differ, got {', '.join(classes)}.")
     if ids is None: return content_ids(seeds.images)
     ids = list(map(int, ids))
     if len(ids) != len(seeds): raise ValueError(f"{len(ids)} ids for {len(seeds)} seed images; give one for each.")
@@ -221,10 +240,11 @@ def generate_pairs(
 ) -> PairSet:
     """Algorithm 1 for all seed images and classes, resuming what `store` already holds.
 
-    An image that is there twice gets its pairs once. ValueError if there is nothing to do it with.
+    An image that is there twice gets its pairs once. ValueError for names, prompts or steps that will not do, or if
+    there is nothing to do it with.
     """
-    data = BY_CONTENT if ids is None else seeds.unlabelled().fingerprint
-    rows, ids, seeds = _distinct(seeds, _check_ids(seeds, classes, ids))
+    classes, data = _checked_names(prior, classes, config), BY_CONTENT if ids is None else seeds.unlabelled().fingerprint
+    rows, ids, seeds = _distinct(seeds, _check_ids(seeds, ids))
     if store is None:
         batch_size, shard_size = _sizes(prior, config, len(classes), batch_size, shard_size)
         todo = [(list(part), KINDS) for part in torch.arange(len(seeds)).split(shard_size)]
@@ -235,8 +255,33 @@ def generate_pairs(
     fill_stores(stores, prior, seeds, ids, classes, config, batch_size, shard_size, compile, progress)
     return PairSet(*(stores[kind].load(ids)[rows] for kind in KINDS), tuple(classes))
 
+# %% ../../nbs/method/09_generate.ipynb #1627b4df
+def _first(found: ImageSet, # in `images`
+           first: int | None, images: str) -> ImageSet: # without labels
+    "As many images as the command asks for. ValueError if there are fewer."
+    if first and first > len(found):
+        raise ValueError(f"--first {first}: {images} holds only {len(found)} images; ask for no more, or for all.")
+    return (found[torch.arange(first)] if first else found).unlabelled()
+
+# %% ../../nbs/method/09_generate.ipynb #b1749f63
+def _generate(
+    images: str, classes: list[str], store: Path, prior: str, config: PairConfig, first: int | None, size: int,
+    batch_size: int | None
+) -> None:
+    "What the command does, once its options are read. All is checked before the first file is written."
+    names, own = check_class_names(classes), Path(images).is_dir()
+    if not own and images not in CLASSES:
+        raise FileNotFoundError(f"there is no folder {images}, and {nearest(images, CLASSES, 'data set')}")
+    generator = load_prior(prior)
+    names = _checked_names(generator, names, config)
+    seeds = _first(load_unlabelled(images, names, size) if own else load_dataset(images), first, images)
+    folders = {kind: store / kind for kind in KINDS}
+    _, ids, seeds = _distinct(seeds, _check_ids(seeds, None))
+    stores = pair_stores(folders, generator.fingerprint, BY_CONTENT, names, config, ids)
+    fill_stores(stores, generator, seeds, ids, names, config, batch_size)
+
 # %% ../../nbs/method/09_generate.ipynb #f4fa513a
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 @app.command()
 def main(images: str = typer.Argument(help="a data set, whose training images are taken, or a folder of images"),
@@ -250,14 +295,13 @@ def main(images: str = typer.Argument(help="a data set, whose training images ar
          batch_size: int = typer.Option(None, help="pairs in a batch; by default what fits into memory")):
     "Generate pairs into a folder; under `accelerate launch`, on several GPUs."
     try:
-        found = load_unlabelled(images, tuple(classes), size) if Path(images).is_dir() else load_dataset(images)
-        seeds = found[torch.arange(first) if first else slice(None)].unlabelled()
-        generator, config = load_prior(prior), PairConfig.preset(preset, **({"steps": steps} if steps else {}))
-        folders = {kind: store / kind for kind in KINDS}
-        _, ids, seeds = _distinct(seeds, _check_ids(seeds, classes, None))
-        stores = pair_stores(folders, generator.fingerprint, BY_CONTENT, classes, config, ids)
-        fill_stores(stores, generator, seeds, ids, classes, config, batch_size)
-    except (ValueError, FileNotFoundError, MemoryError) as e: raise SystemExit(str(e))
+        counts = {"--steps": steps, "--first": first, "--size": size, "--batch-size": batch_size}
+        for option, value in counts.items(): checked(value, Count | None, option)
+        config = PairConfig.preset(preset, **({} if steps is None else {"steps": steps}))
+        _generate(images, classes, store, prior, config, first, size, batch_size)
+    except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as e:
+        print(f"ucdm.method.generate: {e}", file=sys.stderr)
+        raise typer.Exit(2) from None
 
 # %% ../../nbs/method/09_generate.ipynb #aeda416d
 if __name__ == "__main__" and __spec__ is not None: app()

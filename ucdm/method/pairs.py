@@ -10,12 +10,12 @@ from dataclasses import asdict, field
 from typing import Annotated, Literal
 
 import torch
-from annotated_types import Ge, Interval, MinLen
+from annotated_types import Interval, MinLen
 from fastcore.basics import patch
 from pydantic import BeforeValidator
 from torch import Tensor
 
-from ..core.checked import nearest, settings
+from ..core.checked import checked, Count, nearest, Seed, settings, Template
 from ..core.randomness import item_words
 
 # %% ../../nbs/method/02_pairs.ipynb #8dfeeef3
@@ -26,7 +26,7 @@ _as_tuple = BeforeValidator(lambda templates: tuple(templates) if isinstance(tem
 @settings
 class PairConfig:
     "How pairs are generated (Table 16). The last three fields come from `ucdm.method.differences.Differences`."
-    steps: Annotated[int, Ge(1)] = 20  # DDIM steps of inversion, and of sampling
+    steps: Count = 20                  # DDIM steps of inversion, and of sampling
     guidance: float = 7.5              # classifier-free guidance of the positives
     eta_positive: Eta = 1.0            # DDIM's eta when positives are sampled
     eta_negative: Eta = 0.2            # DDIM's eta when negatives are sampled
@@ -38,16 +38,14 @@ class PairConfig:
     # class name -> whole prompts of its own, instead of `template`, by lot
     prompts: dict[str, Annotated[list[str] | tuple[str, ...], MinLen(1)]] = field(default_factory=dict)
     sample_latents: bool = False       # sample the autoencoder's posterior instead of taking its mean
-    seed: Annotated[int, Ge(0)] = 0    # of all noise
+    seed: Seed = 0                     # of all noise
     inversion: Literal["eq6", "ode", "implicit"] = "eq6"
     grid: Literal["matched", "reference"] = "matched"
     pairing: Literal["aligned", "reference"] = "aligned"
 
     def __post_init__(self):
         if not self.templates: raise ValueError("template=() holds no prompt; give at least one.")
-        for t in self.templates:
-            if t.count("{}") != 1:
-                raise ValueError(f"template={t!r} must contain {{}} once, where the class name goes.")
+        for t in self.templates: checked(t, Template, "PairConfig.template")
 
     @property
     def templates(self) -> tuple[str, ...]: return (self.template,) if isinstance(self.template, str) else self.template
@@ -87,6 +85,12 @@ def item_prompt(config: PairConfig, i: int, name: str) -> str:
     "The prompt of image `i` and class `name`: the only one, or one by lot."
     choices = config.prompts.get(name) or [t.format(name) for t in config.templates]
     return choices[int(item_words(config.seed, i, name, "prompt")[0]) % len(choices)]
+
+# %% ../../nbs/method/02_pairs.ipynb #0bd77965
+@patch
+def prompts_of(self: PairConfig, name: str) -> list[str]:
+    "All prompts that a class may get."
+    return list(self.prompts.get(name) or [t.format(name) for t in self.templates])
 
 # %% ../../nbs/method/02_pairs.ipynb #939869c2
 def source_image(

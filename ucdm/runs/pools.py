@@ -123,7 +123,8 @@ def fill_with(prior, # the generator, with a fingerprint
 
 def fill_locally(r: Resolved, data: RunData, folders: dict[str, Path], bars: bool = False) -> dict: # kind -> PairStore
     "Generate what the pools of a run lack, in this process."
-    from ucdm.method.generate import fill_stores
+    from ucdm.method.generate import check_generator, fill_stores
+    check_generator(run_prior(r.spec), data.split.known_names, r.pairs)
     return fill_with(run_prior(r.spec), fill_stores, r, data, folders, bars)
 
 # %% ../../nbs/runs/07_pools.ipynb #183f3c16

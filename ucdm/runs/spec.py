@@ -6,20 +6,36 @@
 __all__ = ['MISMATCH', 'RunSpec', 'describe', 'grid']
 
 # %% ../../nbs/runs/01_spec.ipynb #a9f281b9
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field, fields, replace
 from typing import Annotated
 
-from annotated_types import Ge, Interval
+from annotated_types import Interval
 from pydantic import StringConstraints
 
-from ..core.checked import check_fields, settings
+from ..core.checked import check_fields, Count, nearest, Seed, settings
 from ..core.files import canonical
 from ..method.differences import Differences
 
-# %% ../../nbs/runs/01_spec.ipynb #39b13f8a
+# %% ../../nbs/runs/01_spec.ipynb #ef37ed8c
 MISMATCH = "class_distribution_mismatch" # the paper's problem
 
+def _plain(overrides: dict) -> dict:
+    "A copy of what JSON can hold, as JSON holds it: a tuple is a list. TypeError for anything else."
+    canonical(overrides)
+    return json.loads(json.dumps(overrides))
+
+# %% ../../nbs/runs/01_spec.ipynb #d41f9daf
+def _check_prompts(dataset: str, prompts) -> None:
+    "ValueError if there are prompts of a class that a data set does not have."
+    if not isinstance(prompts, dict): return # none; or `PairConfig` says what is wrong
+    from ucdm.data.class_names import CLASSES
+    names = CLASSES.get(dataset, prompts)
+    if other := [name for name in prompts if name not in names]:
+        raise ValueError(f"RunSpec pairs, prompts: {nearest(other[0], names, f'class name of {dataset}')}")
+
+# %% ../../nbs/runs/01_spec.ipynb #39b13f8a
 @settings
 class RunSpec:
     "One run: which method on which data with which settings. ValueError or TypeError for what cannot be."
@@ -28,11 +44,11 @@ class RunSpec:
     # "known/unknown/new" class counts; None is the data set's own (CIFAR-10: 2/6/2)
     class_split: Annotated[str, StringConstraints(pattern=r"^\d+/\d+/\d+$")] | None = None
     mismatch: Annotated[float, Interval(ge=0, lt=1)] = 0.6 # fraction of unknown-class images among the seed images
-    seed: int = 0                     # random seed of the training
-    split_seed: int = 0               # random seed of the choice of seed images and test images
+    seed: Seed = 0                    # random seed of the training
+    split_seed: Seed = 0              # random seed of the choice of seed images and test images
     prior: str = "fashion-mnist"      # the generator: a packaged prior, a folder, or a hub id
-    n_seeds: Annotated[int, Ge(1)] | None = None # cap on the number of seed images; None takes the paper's counts
-    n_test: Annotated[int, Ge(1)] | None = None  # cap on the test images of each group; None takes the paper's counts
+    n_seeds: Count | None = None      # cap on the number of seed images; None takes the paper's counts
+    n_test: Count | None = None       # cap on the test images of each group; None takes the paper's counts
     # overrides of PairConfig, or of one of its presets: {"preset": "strong_erasure"}
     pairs: dict = field(default_factory=dict)
     train: dict = field(default_factory=dict)        # overrides of the method's configuration
@@ -42,7 +58,9 @@ class RunSpec:
 
     def __post_init__(self):
         check_fields(self.differences, Differences, "RunSpec differences")
-        for name in ("pairs", "train", "differences", "options"): canonical(getattr(self, name))
+        for name in ("pairs", "train", "differences", "options"):
+            object.__setattr__(self, name, _plain(getattr(self, name)))
+        _check_prompts(self.dataset, self.pairs.get("prompts"))
 
     # of the overrides only the names: 1 and 1.0 are equal, their JSON is not
     def __hash__(self):
@@ -65,7 +83,12 @@ def describe(spec: RunSpec) -> str:
 def grid(base: RunSpec, # what all have in common
          **axes: Sequence, # field of RunSpec -> its values
         ) -> list[RunSpec]: # the last axis varies fastest
-    "All combinations."
-    specs = [base]
-    for name, values in axes.items(): specs = [replace(s, **{name: v}) for s in specs for v in values]
+    "All combinations. ValueError for a name that is no field, TypeError for values that are no list."
+    specs, known = [base], {f.name for f in fields(RunSpec)}
+    for name, values in axes.items():
+        if name not in known: raise ValueError(f"grid: {nearest(name, known, 'field')}")
+        if isinstance(values, (str, Mapping)) or not isinstance(values, Iterable):
+            raise TypeError(f"grid: {name} must be a list of values, got {values!r}; write {name}=[{values!r}].")
+        values = list(values)
+        specs = [replace(s, **{name: v}) for s in specs for v in values]
     return specs
