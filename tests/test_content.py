@@ -1,15 +1,26 @@
 """Content that nobody has looked at: images that are huge, rare or hollow, and pages that show what notebooks write."""
+import base64
+import hashlib
 import io
+import json
+import re
+import shutil
 import struct
+import subprocess
 import zlib
+from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
+from ucdm.batch.page import notebook_html, write_summary
 from ucdm.data import images
 from ucdm.data.folder import load_image_folder, load_unlabelled
-from ucdm.data.images import decode, decode_images, pixel_limit, UnusableImage
+from ucdm.data.images import decode, decode_images, pixel_limit
+from ucdm.report.tables import Table
 
 # images
 
@@ -163,3 +174,156 @@ def test_photographs_are_turned_upright(kind, side):
 def test_other_colour_spaces(mode, kind):
     seen = decode(encoded(Image.new("RGB", (32, 32), (255, 0, 0)).convert(mode), kind)).astype(int)
     assert len(set(seen[:, 16, 16])) == 1 if mode == "1" else np.abs(seen[:, 16, 16] - (255, 0, 0)).max() <= 3
+
+
+# pages
+
+HOSTILE = [
+    '<script>document.title = "PWNED"</script>',
+    '<SCRIPT SRC=https://evil.example/x.js></SCRIPT>',
+    '<scr<script>ipt>document.title = "PWNED"</scr</script>ipt>',
+    '<img src=x onerror="document.title=\'PWNED\'">',
+    '<img src="data:image/png;base64,AAAA" onload=document.title="PWNED">',
+    '<img src="javascript:document.title=1"><img src="data:text/html,<script>x()</script>">',
+    '<a href="javascript:document.title=1">a</a> <a href=" java&#x0a;script:x()">b</a> <a href="JaVaScRiPt:x()">c</a>',
+    '[d](javascript:x()) <a href="data:text/html,<script>x()</script>">e</a> <a href="d&#97;ta:text/html,x">f</a>',
+    '<a href="vbscript:x()">g</a> <a xlink:href="javascript:x()">h</a> <a href="https://a.example" onclick="x()">i</a>',
+    '<svg onload="document.title=\'PWNED\'"><script>document.title="PWNED"</script><a xlink:href="javascript:x()">j</a></svg>',
+    '<math><mtext><table><mglyph><style><!--</style><img src=x onerror=document.title="PWNED">',
+    '<iframe src="javascript:parent.document.title=1"></iframe><iframe srcdoc="<script>x()</script>"></iframe>',
+    '<object data="x.swf"></object><embed src="x.swf"><base href="https://evil.example/">',
+    '<form action="javascript:x()"><input autofocus onfocus="document.title=\'PWNED\'"><button formaction="javascript:x()">k',
+    '<meta http-equiv="refresh" content="0;url=javascript:x()"><link rel="stylesheet" href="javascript:x()">',
+    '<style>body { background: url(javascript:x()) } </style><style>@import "https://evil.example/x.css";</style>',
+    '<style>#T_1 td { color: "</style><script>document.title=\'PWNED\'</script>" }</style>',
+    '<style>.dataframe td { color: \\3c /style\\3e } #T_2 { position: fixed; color: red }</style>',
+    '<p style="background: url(javascript:x()); position: fixed; color: blue">l</p>',
+    '--><!--[if IE]><script>x()</script><![endif]--><noscript><p title="</noscript><img src=x onerror=x()>">',
+    '</div></body></html><script>document.title = "PWNED"</script>',
+    '$\\href{javascript:document.title=1}{x}$ and $a < b$',
+    '\x1b[31m<script>document.title = "PWNED"</script>\x1b[0m',
+    '```\n<script>document.title = "PWNED"</script>\n```',
+]
+SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="20" height="20" onload="x()"><script>x()</script><rect width="9" height="9"/></svg>'
+
+
+def hostile_notebook(path):
+    "Every piece in every place: Markdown, source, and each kind of output; widgets with state; an isolated frame."
+    cell = lambda kind, source, **more: dict(cell_type=kind, metadata={}, source=source, **more)
+    shown = lambda data, **more: dict(output_type="display_data", data=data, metadata=more)
+    cells = [cell("raw", HOSTILE[0]), cell("markdown", "# Good\n\n| a | b |\n|---|---|\n| 1 | **2** |")]
+    for bad in HOSTILE:
+        outputs = [
+            shown({"text/html": bad}), shown({"text/markdown": bad}), shown({"text/latex": bad}),
+            shown({"image/svg+xml": SVG}), shown({"application/javascript": "document.title = 'PWNED'"}),
+            shown({"text/html": bad}, **{"text/html": {"isolated": True}}), shown({"text/plain": bad}),
+            shown({"image/png": '"><script>document.title = "PWNED"</script>'}),
+            shown({"application/vnd.jupyter.widget-view+json": {"model_id": "</script><script>x()</script>"}}),
+            dict(output_type="stream", name="stdout", text=bad), dict(output_type="stream", name="stderr", text=bad),
+            dict(output_type="error", ename=bad, evalue=bad, traceback=[bad]),
+        ]
+        cells += [cell("markdown", bad), cell("code", bad, execution_count=None, outputs=outputs)]
+    state = {"x": {"model_name": "HTMLModel", "state": {"value": "</script><script>document.title = 'PWNED'</script>"}}}
+    widgets = {"application/vnd.jupyter.widget-state+json": {"version_major": 2, "state": state}}
+    nb = dict(cells=cells, metadata={"widgets": widgets, "title": HOSTILE[0]}, nbformat=4, nbformat_minor=4)
+    path.write_text(json.dumps(nb), encoding="utf-8")
+    return path
+
+
+class Live(HTMLParser):
+    "What a browser would run or follow in a page."
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.tags, self.text = [], set(), ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        if tag in ("script", "iframe", "object", "embed", "base", "form", "input", "svg", "math", "link"):
+            self.found.append((tag, attributes))
+        for name, value in attributes:
+            address = re.sub(r"[\x00-\x20]", "", value or "").lower()
+            program = address.startswith(("javascript:", "vbscript:", "data:")) and not address.startswith("data:image/")
+            if name.startswith("on") or (program and name != "title") or "url(" in address: self.found.append((tag, name, value))
+
+    def handle_data(self, data): self.text += data
+
+
+def test_a_hostile_notebook_is_shown_and_does_nothing(tmp_path):
+    "Its characters can be read, and nothing of it is run: by what stands in the page, and by what the browser is told."
+    notebook_html(hostile_notebook(tmp_path / "a.ipynb"), HOSTILE[0])
+    page = (tmp_path / "a.html").read_text(encoding="utf-8")
+    ours = re.findall(r"<script.*?</script>", page)
+    assert len(ours) == 2 and '["ui/safe"]' in ours[0] and "cdn.jsdelivr.net/npm/mathjax@3/" in ours[1]
+    digest = base64.b64encode(hashlib.sha256(ours[0][8:-9].encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}' https://cdn.jsdelivr.net/npm/mathjax@3/;" in page
+    for script in ours: page = page.replace(script, "")
+    live = Live(page)
+    assert not live.found
+    assert {"table", "td", "strong", "img"} <= live.tags and 'document.title = "PWNED"' in live.text and "$a < b$" in live.text
+    assert not re.search(r"position|@import|evil", " ".join(re.findall(r"<style>(.*?)</style>", page, re.S)[1:]))
+
+
+def test_pages_of_our_own_look_as_before(tmp_path):
+    "Tables with their marks, pictures, formulas, coloured code, links and anchors."
+    frame = pd.DataFrame({"a < b": ["66.2", "75.3"]}, index=["UCDM", "MTCF"])
+    table = Table(frame, frame, "Table 1: so & so", marks=pd.DataFrame({"a < b": ["second", "best"]}, index=frame.index))
+    png = base64.b64encode(encoded(Image.new("RGB", (4, 4)))).decode()
+    outputs = [dict(output_type="display_data", metadata={}, data=data) for data in (
+        {"text/html": table._repr_html_()}, {"text/html": frame._repr_html_()}, {"image/png": png}, {"image/svg+xml": SVG})]
+    code = dict(cell_type="code", metadata={}, source="x = 1 < 2 # yes", execution_count=None, outputs=outputs)
+    text = dict(cell_type="markdown", metadata={}, source="## A part\n\n$x < y$, [see](b.html#A-part), ![](c.png) *so*")
+    nb = dict(cells=[text, code], metadata={}, nbformat=4, nbformat_minor=4)
+    (tmp_path / "a.ipynb").write_text(json.dumps(nb), encoding="utf-8")
+    notebook_html(tmp_path / "a.ipynb", "A & B")
+    page = (tmp_path / "a.html").read_text(encoding="utf-8")
+    uuid = re.search(r'<table id="(T_\w+)"', page)[1]
+    for part in (f"#{uuid}_row1_col0 {{ font-weight: bold; }}", f"#{uuid}_row0_col0 {{ text-decoration: underline; }}",
+                 f"#{uuid} caption", ".dataframe tbody tr th", f'src="data:image/png;base64,{png}"',
+                 'src="data:image/svg+xml;base64,', '<h2 id="A-part">', "$x &lt; y$", 'href="b.html#A-part"', 'src="c.png"',
+                 "<em>so</em>", '<span class="mi">1</span>', "<title>A &amp; B</title>"):
+        assert part in page, part
+
+
+def test_summary_shows_what_anyone_wrote(tmp_path):
+    "Titles, claims, errors, logs, parameters, numbers, evidence and file names, as their characters."
+    bad, figure = HOSTILE[0] + HOSTILE[3], "javascript:x()#.png"
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "results").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    (tmp_path / "a.png").rename(tmp_path / figure)
+    (tmp_path / "broken.png").write_bytes(encoded(Image.new("RGB", (90, 90)))[:60])
+    (tmp_path / "huge.png").write_bytes(claims(60000, 60000))
+    entry = dict(status="done", seconds=1, title=bad, claim=bad, error=bad, traceback=bad, parameters={bad: bad})
+    (tmp_path / "results" / "batch.json").write_text(
+        json.dumps(dict(jobs={name: entry for name in (bad[:40].replace("/", ""), "b", "c")})), encoding="utf-8"
+    )
+    checks = [dict(claim=bad, evidence=bad, holds=True)]
+    def result(name):
+        figures = {"b": "broken.png", "c": "huge.png"}.get(name, figure)
+        return dict(verdict=bad, numbers={bad: bad}, checks=checks, runs=[bad], figures=[figures], tables=[figure])
+    where = dict(commit=None, dirty=None, device=bad, packages=dict(torch=bad), started=bad)
+    batch = SimpleNamespace(out=tmp_path, jobs=[], experiments=None, outcomes={}, result=result, facts=where, profile=bad,
+                            description=bad, invocation=bad, began=0, workers=1)
+    page = write_summary(batch).read_text(encoding="utf-8")
+    live = Live(page)
+    assert not live.found and "script" not in live.tags
+    assert live.text.count('document.title = "PWNED"') > 10 and 'href="javascript%3Ax%28%29%23.png"' in page
+    assert "default-src 'none'" in page and page.count("data:image/png") == 1
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no browser: install chromium")
+def test_nothing_runs_in_a_browser(tmp_path):
+    "A script that runs would name the page anew. First a page that is not cleaned: the browser does run it."
+    def title(page):
+        command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+                   "--virtual-time-budget=2000", "--dump-dom", page.as_uri()]
+        seen = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+        return re.search(r"<title>(.*?)</title>", seen)[1]
+    (tmp_path / "raw.html").write_text(f"<title>calm</title>{HOSTILE[3]}", encoding="utf-8")
+    assert title(tmp_path / "raw.html") == "PWNED"
+    notebook_html(hostile_notebook(tmp_path / "a.ipynb"), "calm")
+    assert title(tmp_path / "a.html") == "calm"
