@@ -9,6 +9,7 @@ import struct
 import subprocess
 import zlib
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +22,8 @@ from ucdm.data import images
 from ucdm.data.folder import load_image_folder, load_unlabelled
 from ucdm.data.images import decode, decode_images, pixel_limit
 from ucdm.report.tables import Table
+
+ROOT = Path(__file__).parent.parent
 
 # images
 
@@ -327,3 +330,32 @@ def test_nothing_runs_in_a_browser(tmp_path):
     assert title(tmp_path / "raw.html") == "PWNED"
     notebook_html(hostile_notebook(tmp_path / "a.ipynb"), "calm")
     assert title(tmp_path / "a.html") == "calm"
+
+
+def test_documentation_shows_what_notebooks_wrote(tmp_path):
+    "The page of an experiment on the site, with hostile Markdown, outputs, title and results."
+    pytest.importorskip("smalldocs")
+    from ucdm.dev.docs import NotebookSite
+    from ucdm.dev.pages import results_section
+    bad = HOSTILE[3]
+    (tmp_path / "results").mkdir()
+    found = dict(verdict=bad, checks=[dict(claim=bad, evidence=HOSTILE[0], holds=True)], figures=[], tables=["a.md"])
+    (tmp_path / "results" / "a.json").write_text(json.dumps(found), encoding="utf-8")
+    (tmp_path / "a.md").write_text(HOSTILE[6], encoding="utf-8")
+    home = tmp_path / "proc" / "experiments" / "paper"
+    home.mkdir(parents=True)
+    for name in ("_quarto.yml", "nbdev.yml", "sidebar.yml", "styles.css"):
+        if (ROOT / "nbs" / name).exists(): shutil.copy(ROOT / "nbs" / name, tmp_path / "proc" / name)
+    nb = json.loads(hostile_notebook(home / "a.ipynb").read_text(encoding="utf-8"))
+    title = dict(cell_type="raw", metadata={}, source=f"---\ntitle: '*T* {HOSTILE[4]}'\n---")
+    results = dict(cell_type="markdown", metadata={}, source=results_section(tmp_path, "a", "../.."))
+    nb["cells"] = [title, *nb["cells"][1:], results, dict(results, source="## Last\n\n| a |\n|---|\n| **9** |")]
+    (home / "a.ipynb").write_text(json.dumps(nb), encoding="utf-8")
+    site = NotebookSite(ROOT, tmp_path / "proc", tmp_path / "out")
+    for src in site.discover(): site.pages[src] = site.read(src)
+    for page in site.pages.values():
+        site.render_page(page)
+        live = Live(page.html + page.env["title_html"])
+        assert not live.found
+        assert {"table", "strong", "img", "h2"} <= live.tags and 'document.title = "PWNED"' in live.text
+        assert 'data-anchor-id="last"' in page.html

@@ -39,12 +39,13 @@ def thumbnail(path: Path, width: int = 400) -> str: # data URI; "" if there is n
 
 # %% ../../nbs/batch/06_page.ipynb #b4bdb7c9
 _TAGS = set(
-    "a abbr b blockquote br caption center code col colgroup dd del details div dl dt em figcaption figure h1 h2 h3 h4 "
+    "a abbr b blockquote br button caption center code col colgroup dd del details div dl dt em figcaption figure h1 h2 h3 h4 "
     "h5 h6 hr i img ins kbd li mark ol p pre q s samp section small span strong sub summary sup table tbody td tfoot "
     "th thead tr u ul var".split()
 )
 _ATTRIBUTES = set(
-    "align alt border class colspan halign height id lang open rowspan scope span start style title valign width".split()
+    "align alt border class colspan data-anchor-id halign height id lang open rowspan scope span start style target "
+    "title valign width".split()
 )
 _CSS = CSSSanitizer(
     allowed_css_properties=set(
