@@ -104,7 +104,8 @@ def test_large_images_are_decoded_one_by_one(monkeypatch):
     assert decode_images(files, [str(i) for i in range(24)])[:, 0, 0, 0].tolist() == list(range(24))
     assert most == [1] * 16
     files[2:4] = [encoded(Image.new("L", (40, 40)))[:-20], b""]
-    with pytest.raises(ValueError, match=r"2 of 24 files .*2 \(\w+\); 3 \("): decode_images(files, list(map(str, range(24))))
+    with pytest.raises(ValueError, match=r"2 of 24 files .*2 \(\w+\); 3 \("):
+        decode_images(files, list(map(str, range(24))))
 
 
 @pytest.mark.parametrize("kind, low, high, dtype", [
@@ -191,11 +192,13 @@ HOSTILE = [
     '<a href="javascript:document.title=1">a</a> <a href=" java&#x0a;script:x()">b</a> <a href="JaVaScRiPt:x()">c</a>',
     '[d](javascript:x()) <a href="data:text/html,<script>x()</script>">e</a> <a href="d&#97;ta:text/html,x">f</a>',
     '<a href="vbscript:x()">g</a> <a xlink:href="javascript:x()">h</a> <a href="https://a.example" onclick="x()">i</a>',
-    '<svg onload="document.title=\'PWNED\'"><script>document.title="PWNED"</script><a xlink:href="javascript:x()">j</a></svg>',
+    '<svg onload="document.title=\'PWNED\'"><script>document.title="PWNED"</script>'
+    '<a xlink:href="javascript:x()">j</a></svg>',
     '<math><mtext><table><mglyph><style><!--</style><img src=x onerror=document.title="PWNED">',
     '<iframe src="javascript:parent.document.title=1"></iframe><iframe srcdoc="<script>x()</script>"></iframe>',
     '<object data="x.swf"></object><embed src="x.swf"><base href="https://evil.example/">',
-    '<form action="javascript:x()"><input autofocus onfocus="document.title=\'PWNED\'"><button formaction="javascript:x()">k',
+    '<form action="javascript:x()"><input autofocus onfocus="document.title=\'PWNED\'">'
+    '<button formaction="javascript:x()">k',
     '<meta http-equiv="refresh" content="0;url=javascript:x()"><link rel="stylesheet" href="javascript:x()">',
     '<style>body { background: url(javascript:x()) } </style><style>@import "https://evil.example/x.css";</style>',
     '<style>#T_1 td { color: "</style><script>document.title=\'PWNED\'</script>" }</style>',
@@ -207,7 +210,10 @@ HOSTILE = [
     '\x1b[31m<script>document.title = "PWNED"</script>\x1b[0m',
     '```\n<script>document.title = "PWNED"</script>\n```',
 ]
-SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="20" height="20" onload="x()"><script>x()</script><rect width="9" height="9"/></svg>'
+SVG = (
+    '<svg xmlns="http://www.w3.org/2000/svg" width="20" height="20" onload="x()"><script>x()</script>'
+    '<rect width="9" height="9"/></svg>'
+)
 
 
 def hostile_notebook(path):
@@ -246,8 +252,9 @@ class Live(HTMLParser):
             self.found.append((tag, attributes))
         for name, value in attributes:
             address = re.sub(r"[\x00-\x20]", "", value or "").lower()
-            program = address.startswith(("javascript:", "vbscript:", "data:")) and not address.startswith("data:image/")
-            if name.startswith("on") or (program and name != "title") or "url(" in address: self.found.append((tag, name, value))
+            program = address.startswith(("javascript:", "vbscript:", "data:"))
+            program = program and not address.startswith("data:image/") and name != "title"
+            if name.startswith("on") or program or "url(" in address: self.found.append((tag, name, value))
 
     def handle_data(self, data): self.text += data
 
@@ -263,17 +270,21 @@ def test_a_hostile_notebook_is_shown_and_does_nothing(tmp_path):
     for script in ours: page = page.replace(script, "")
     live = Live(page)
     assert not live.found
-    assert {"table", "td", "strong", "img"} <= live.tags and 'document.title = "PWNED"' in live.text and "$a < b$" in live.text
-    assert not re.search(r"position|@import|evil", " ".join(re.findall(r"<style>(.*?)</style>", page, re.S)[1:]))
+    assert {"table", "td", "strong", "img"} <= live.tags
+    assert 'document.title = "PWNED"' in live.text and "$a < b$" in live.text
+    style = re.findall(r"<style>(.*?)</style>", page, re.S)[1:]
+    assert len(style) == 1 and not re.search(r"position|@import|evil", style[0])
 
 
 def test_pages_of_our_own_look_as_before(tmp_path):
     "Tables with their marks, pictures, formulas, coloured code, links and anchors."
     frame = pd.DataFrame({"a < b": ["66.2", "75.3"]}, index=["UCDM", "MTCF"])
-    table = Table(frame, frame, "Table 1: so & so", marks=pd.DataFrame({"a < b": ["second", "best"]}, index=frame.index))
+    marks = pd.DataFrame({"a < b": ["second", "best"]}, index=frame.index)
+    table = Table(frame, frame, "Table 1: so & so", marks=marks)
     png = base64.b64encode(encoded(Image.new("RGB", (4, 4)))).decode()
-    outputs = [dict(output_type="display_data", metadata={}, data=data) for data in (
-        {"text/html": table._repr_html_()}, {"text/html": frame._repr_html_()}, {"image/png": png}, {"image/svg+xml": SVG})]
+    shown = ({"text/html": table._repr_html_()}, {"text/html": frame._repr_html_()}, {"image/png": png},
+             {"image/svg+xml": SVG})
+    outputs = [dict(output_type="display_data", metadata={}, data=data) for data in shown]
     code = dict(cell_type="code", metadata={}, source="x = 1 < 2 # yes", execution_count=None, outputs=outputs)
     text = dict(cell_type="markdown", metadata={}, source="## A part\n\n$x < y$, [see](b.html#A-part), ![](c.png) *so*")
     nb = dict(cells=[text, code], metadata={}, nbformat=4, nbformat_minor=4)
@@ -283,8 +294,8 @@ def test_pages_of_our_own_look_as_before(tmp_path):
     uuid = re.search(r'<table id="(T_\w+)"', page)[1]
     for part in (f"#{uuid}_row1_col0 {{ font-weight: bold; }}", f"#{uuid}_row0_col0 {{ text-decoration: underline; }}",
                  f"#{uuid} caption", ".dataframe tbody tr th", f'src="data:image/png;base64,{png}"',
-                 'src="data:image/svg+xml;base64,', '<h2 id="A-part">', "$x &lt; y$", 'href="b.html#A-part"', 'src="c.png"',
-                 "<em>so</em>", '<span class="mi">1</span>', "<title>A &amp; B</title>"):
+                 'src="data:image/svg+xml;base64,', '<h2 id="A-part">', "$x &lt; y$", 'href="b.html#A-part"',
+                 'src="c.png"', "<em>so</em>", '<span class="mi">1</span>', "<title>A &amp; B</title>"):
         assert part in page, part
 
 
@@ -306,8 +317,8 @@ def test_summary_shows_what_anyone_wrote(tmp_path):
         figures = {"b": "broken.png", "c": "huge.png"}.get(name, figure)
         return dict(verdict=bad, numbers={bad: bad}, checks=checks, runs=[bad], figures=[figures], tables=[figure])
     where = dict(commit=None, dirty=None, device=bad, packages=dict(torch=bad), started=bad)
-    batch = SimpleNamespace(out=tmp_path, jobs=[], experiments=None, outcomes={}, result=result, facts=where, profile=bad,
-                            description=bad, invocation=bad, began=0, workers=1)
+    batch = SimpleNamespace(out=tmp_path, jobs=[], experiments=None, outcomes={}, result=result, facts=where,
+                            profile=bad, description=bad, invocation=bad, began=0, workers=1)
     page = write_summary(batch).read_text(encoding="utf-8")
     live = Live(page)
     assert not live.found and "script" not in live.tags
@@ -359,3 +370,16 @@ def test_documentation_shows_what_notebooks_wrote(tmp_path):
         assert not live.found
         assert {"table", "strong", "img", "h2"} <= live.tags and 'document.title = "PWNED"' in live.text
         assert 'data-anchor-id="last"' in page.html
+
+
+# files of strangers
+
+def test_nothing_unpickles():
+    "torchvision's loader of CIFAR does, once the MD5 sums are right (test_data); our own code nowhere."
+    modules = r"\b(pickle|joblib|dill|shelve|marshal)\b"
+    unpickles = re.compile(modules + r"|allow_pickle|read_pickle|trust_remote_code|yaml\.(load|unsafe)")
+    for file in sorted((ROOT / "ucdm").rglob("*.py")):
+        code = file.read_text(encoding="utf-8")
+        assert not unpickles.search(code), file
+        assert code.count("torch.load(") == code.count("weights_only=True"), file
+        assert code.count("use_safetensors=True") >= code.count("kind.from_pretrained("), file
