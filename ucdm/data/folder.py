@@ -18,10 +18,12 @@ from .images import decode_images, ImageSet
 # %% ../../nbs/data/05_folder.ipynb #fa3b2fb7
 def load_image_folder(root: Path | str, # root/<class>/<image>, at any depth below the class
                       size: int = 32, name: str | None = None, # of the data set; None takes the name of the folder
+                      max_pixels: int | None = None, # of one image; None: see `pixel_limit`
                      ) -> ImageSet:
     """Labelled images, one folder a class.
 
-    FileNotFoundError for a missing folder or a class without images, ValueError for a corrupt image.
+    FileNotFoundError for a missing folder or a class without images, ValueError for a corrupt image or
+    one that is too large.
     """
     root = Path(root)
     if not root.is_dir(): raise FileNotFoundError(f"there is no folder {root}; check the path.")
@@ -30,7 +32,7 @@ def load_image_folder(root: Path | str, # root/<class>/<image>, at any depth bel
         raise FileNotFoundError(f"{root} is not in ImageFolder layout, root/<class>/<image>: {e}") from None
     paths, labels = zip(*folder.samples)
     return ImageSet(
-        decode_images([Path(p) for p in paths], list(paths), size),
+        decode_images([Path(p) for p in paths], list(paths), size, max_pixels),
         torch.tensor(labels),
         tuple(c.replace("_", " ") for c in folder.classes),
         name or root.name,
@@ -54,11 +56,11 @@ def image_files(folder: Path | str) -> list[Path]:
 # %% ../../nbs/data/05_folder.ipynb #42fc4648
 def load_unlabelled(folder: Path | str, # your images, in the order of `image_files`
                     classes: tuple[str, ...], # names of the classes you care about
-                    size: int = 32) -> ImageSet: # labels are -1
+                    size: int = 32, max_pixels: int | None = None) -> ImageSet: # labels are -1
     """Your own images, without labels.
 
     FileNotFoundError for a missing or empty folder, ValueError for a corrupt image or class names that will not do.
     """
     classes, paths = check_class_names(classes), image_files(folder)
-    images = decode_images(paths, list(map(str, paths)), size)
+    images = decode_images(paths, list(map(str, paths)), size, max_pixels)
     return ImageSet(images, torch.full((len(paths),), -1), classes, Path(folder).name)

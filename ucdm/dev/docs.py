@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 import typer
 from fastcore.basics import patch
 
+from ..batch.page import clean_html
 from .pages import mathml, prepare, readme_text
 
 # %% ../../nbs/dev/02_docs.ipynb #c7634cf4
@@ -56,6 +57,9 @@ class NotebookSite(Site):
 
     def render_page(self, page):
         super().render_page(page)
+        if page.src.parts[0] == "experiments": # shows what notebooks printed and wrote
+            page.html = clean_html(page.html)
+            if "title_html" in page.env: page.env["title_html"] = clean_html(page.env["title_html"])
         page.env["math"] = False  # no script: `build_site` converts the formulas
 
     @staticmethod
