@@ -14,7 +14,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .cluster import check_cluster, connect, load_ray, nodes, set_up, task_needs
+from .cluster import connect, nodes, set_up, task_needs
 from .engine import Engine, modules_of
 from .identity import is_packaged, pair_config, resolve
 from .pools import cache_folder, fill_pools, fill_with, run_data, run_prior
