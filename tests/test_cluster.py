@@ -50,7 +50,7 @@ def start_cluster(attempts=4):
             cluster.add_node(num_cpus=0, **NODE)
             cluster.workers = [cluster.add_node(num_cpus=1, **NODE) for _ in range(2)]
             return cluster
-        except Exception:
+        except (Exception, SystemExit):
             cluster.shutdown()
             if not left: raise
 

@@ -46,7 +46,7 @@ def gpu_cluster(folder, attempts=4):
                 cluster.add_node(num_cpus=0, **NODE)
                 for _ in range(2): cluster.add_node(**CARDS)
                 break
-            except Exception:
+            except (Exception, SystemExit):
                 cluster.shutdown()
                 if not left: raise
         os.environ["RAY_ADDRESS"] = cluster.address
