@@ -21,6 +21,7 @@ from ucdm.runs.identity import resolve
 from ucdm.runs.pools import pool_folders, run_data
 from ucdm.runs.ray_engine import RayEngine
 from ucdm.runs.many import run_many
+from ucdm.runs.workers import workers
 from ucdm.method.pair_store import PairStore, inspect_store
 
 needs_ray = pytest.mark.skipif(
@@ -49,7 +50,7 @@ def start_cluster(attempts=4):
             cluster.add_node(num_cpus=0, **NODE)
             cluster.workers = [cluster.add_node(num_cpus=1, **NODE) for _ in range(2)]
             return cluster
-        except Exception:
+        except (Exception, SystemExit):
             cluster.shutdown()
             if not left: raise
 
@@ -99,7 +100,8 @@ def test_node_lost_while_generating(cluster, tmp_path):
     import ray
 
     from ucdm.runs import ray_engine as c
-    line = c.check_cluster(tmp_path)
+    from ucdm.runs.cluster import check_cluster
+    line = check_cluster(tmp_path)
     assert line.startswith("2 machines with 2 cores")
     ids, classes, config = list(range(0, 7200, 300)), ("T-shirt", "trouser"), PairConfig(steps=2)
     seeds = load_dataset("fashion-mnist", "train")[torch.tensor(ids)].unlabelled()
@@ -119,7 +121,6 @@ def test_node_lost_while_generating(cluster, tmp_path):
         assert sorted(i for e in store.index() for i in e["ids"]) == ids and inspect_store(store).fine
         for e in store.index()[::3]:
             here = c.make_shard(
-                {},
                 SPEC,
                 prior.fingerprint,
                 seeds.images[[where[i] for i in e["ids"]]].numpy(),
@@ -172,6 +173,42 @@ def test_warnings_of_workers(cluster):
 
 
 @needs_ray
+def test_a_failed_shard_stops_no_other(cluster, tmp_path, monkeypatch):
+    "One of four shards cannot be made: the others are stored, the failed one is named, and tried again the next time."
+    from ucdm.runs import ray_engine as c
+    make = c.make_shard
+
+    def broken(*args):
+        if 600 in args[3]: raise ValueError("the shard is not finite")
+        return make(*args)
+
+    ids, classes, config = list(range(0, 2400, 300)), ("T-shirt", "trouser"), PairConfig(steps=2)
+    seeds = load_dataset("fashion-mnist", "train")[torch.tensor(ids)].unlabelled()
+    with workers(tmp_path):
+        prior = c.remote_prior(SPEC)
+        stores = pair_stores({k: tmp_path / k for k in KINDS}, prior.fingerprint, "embedded", classes, config, ids)
+        fill = lambda: c.fill_stores(stores, prior, seeds, ids, classes, config, shard_size=2)
+        with monkeypatch.context() as m:
+            m.setattr(c, "make_shard", broken)
+            with pytest.raises(c.ShardsFailed, match=r"1 of 4 shards failed.*\n  seed images 600 to 900: ValueError: .*"):
+                fill()
+        assert [sorted(i for e in s.index() for i in e["ids"]) for s in stores.values()] == [ids[:2] + ids[4:]] * 2
+        fill()
+    assert [sorted(i for e in s.index() for i in e["ids"]) for s in stores.values()] == [ids] * 2
+
+
+@needs_ray
+def test_no_token_travels(cluster, monkeypatch):
+    "A worker learns where the hub's files are, not the token of this process."
+    from ucdm.runs.workers import run_tasks
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "7")
+    there = lambda: {k: v for k, v in __import__("os").environ.items() if k.startswith("HF_")}
+    (_, told), = run_tasks(there, [("a task", ())])
+    assert told.get("HF_HUB_ETAG_TIMEOUT") == "7" and "hf_secret" not in told.values()
+
+
+@needs_ray
 def test_batch_on_a_cluster(cluster, project):  # noqa: F811
     """`ucdm-reproduce --engine ray --address`: the runs of a notebook are computed by the cluster, and kept in the
     cache of the batch.
@@ -201,7 +238,7 @@ def test_errors_of_the_code_are_not_repeated(cluster, tmp_path):
     """A run that fails on a worker is named with its own error; a cluster that cannot be reached, or cannot run a
     task, is said at once.
     """
-    from ucdm.runs import ray_engine as c
+    from ucdm.runs.cluster import check_cluster
     with pytest.raises(
         RuntimeError,
         match=r"1 of 1 runs failed.*\n.*ValueError: .*UASD holds 2 labelled images of each class out of training",
@@ -217,7 +254,7 @@ def test_errors_of_the_code_are_not_repeated(cluster, tmp_path):
         pytest.MonkeyPatch.context() as m,
     ):
         m.setenv("UCDM_TASK_GPUS", "8")
-        c.check_cluster(tmp_path)
+        check_cluster(tmp_path)
 
 
 def test_engine_without_a_cluster(tmp_path):

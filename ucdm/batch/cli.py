@@ -73,7 +73,7 @@ def use_engine(
     if name not in ENGINES: raise ValueError(nearest(name, ENGINES, "engine"))
     os.environ["UCDM_ENGINE"] = name
     if name == "local": return
-    from ucdm.runs.ray_engine import check_cluster, load_ray
+    from ucdm.runs.cluster import check_cluster, load_ray
     settings = dict(UCDM_TASK_CPUS=cpus, UCDM_TASK_GPUS=gpus, RAY_ADDRESS=address)
     os.environ.update({k: str(v) for k, v in settings.items() if v is not None})
     try: print(f"Ray: {check_cluster(cache, address)}", flush=True)

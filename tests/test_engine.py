@@ -1,0 +1,42 @@
+"""Several processes on this machine, one of which is killed."""
+import sys
+
+import pytest
+
+from ucdm.runs.engine import LocalEngine, ProcessDied
+from ucdm.runs.many import RunsFailed, run_many
+from ucdm.runs.spec import RunSpec, grid
+
+MORTAL = '''
+import os, signal, time, torch
+from ucdm.runs.registry import METHODS, register_method
+
+class Constant:
+    def __init__(self, K): self.K = K
+    def predict(self, images):
+        return torch.full((len(images), self.K), 1 / self.K), torch.full((len(images), self.K + 1), 1 / (self.K + 1))
+
+def fit(task):
+    time.sleep(0.2)
+    if task.spec.seed == 1: os.kill(os.getpid(), signal.SIGKILL) # as the kernel does when memory runs out
+    return Constant(len(task.classes))
+
+if "mortal" not in METHODS: register_method("mortal")(fit)
+'''
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+def test_a_killed_process_costs_its_run_only(tmp_path, monkeypatch):
+    "One of five runs kills its process, as running out of memory would: it is named, the others are there."
+    from ucdm.runs.registry import METHODS
+    (tmp_path / "mortal_method.py").write_text(MORTAL, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    __import__("mortal_method")
+    try:
+        specs = grid(RunSpec(method="mortal", n_seeds=12, n_test=24), seed=[0, 1, 2, 3, 4])
+        with pytest.raises(RunsFailed, match=r"1 of 5 runs failed.*\n.*seed 1: ProcessDied.*lack of memory") as e:
+            run_many(specs, tmp_path / "cache", LocalEngine(jobs=2), progress=False)
+        assert [type(error) for _, error in e.value.failures] == [ProcessDied]
+        assert [r is not None for r in e.value.results] == [True, False, True, True, True]
+        assert len(list((tmp_path / "cache" / "runs").glob("*.json"))) == 4
+    finally: METHODS.pop("mortal", None)
