@@ -103,13 +103,13 @@ def test_work_of_a_killed_worker(cluster, tmp_path):
         import os
         import signal
         if n == 3 and not (tmp_path / "killed").exists():
-            (tmp_path / "killed").write_text(str(os.getpid()))
+            (tmp_path / "killed").write_text(str(os.getpid()), encoding="utf-8")
             os.kill(os.getpid(), signal.SIGKILL)
         return on_card(0.05)
 
     there = dict(run_tasks(once, [(n, (n,)) for n in range(12)], tmp_path, ahead=1))
     assert sorted(there) == list(range(12)) and all(t[2] == t[3] for t in there.values())
-    assert there[3][1] != int((tmp_path / "killed").read_text())
+    assert there[3][1] != int((tmp_path / "killed").read_text(encoding="utf-8"))
     assert not list(tmp_path.glob(".seen-*"))
 
 
@@ -125,7 +125,7 @@ def test_what_is_tried_again(cluster, tmp_path):
         import ray
         node = ray.get_runtime_context().get_node_id()
         seen = list((tmp_path).glob(f"{kind} *"))
-        (tmp_path / f"{kind} {os.getpid()} {len(seen)}").write_text(node)
+        (tmp_path / f"{kind} {os.getpid()} {len(seen)}").write_text(node, encoding="utf-8")
         if kind == "disk" and not seen: raise OSError(28, "No space left on device")
         if kind == "memory": raise MemoryError("no pair fits")
         if kind == "code": raise ValueError("the loss is not finite")
@@ -138,7 +138,7 @@ def test_what_is_tried_again(cluster, tmp_path):
     assert isinstance(there["memory"], MemoryError) and isinstance(there["code"], ValueError)
     tried = {k: sorted(tmp_path.glob(f"{k} *")) for k in kinds}
     assert [len(tried[k]) for k in kinds] == [2, 1 + TRIES, 1, 1, 1, 1]
-    assert len({f.read_text() for f in tried["disk"]}) == 2 and len({f.name.split()[1] for f in tried["memory"]}) == 3
+    assert len({f.read_text(encoding="utf-8") for f in tried["disk"]}) == 2 and len({f.name.split()[1] for f in tried["memory"]}) == 3
 
 
 def test_machines_that_join(cluster, tmp_path):
@@ -152,7 +152,8 @@ def test_machines_that_join(cluster, tmp_path):
     blind.mkdir()
     (blind / "sitecustomize.py").write_text(
         "import pathlib\nreal = pathlib.Path.exists\n"
-        "pathlib.Path.exists = lambda self, **k: not self.name.startswith('.seen-') and real(self, **k)\n"
+        "pathlib.Path.exists = lambda self, **k: not self.name.startswith('.seen-') and real(self, **k)\n",
+        encoding="utf-8",
     )
     added = []
     with workers(tmp_path) as crew, pytest.warns(UserWarning) as caught:

@@ -64,16 +64,21 @@ class RemotePrior:
     batch_size: int # pairs at a time, on every worker
 
 # %% ../../nbs/runs/16_ray_engine.ipynb #252150b7
-def prior_facts(spec: RunSpec, fraction: float) -> tuple[str, int]: # fingerprint, pairs that fit at a time
-    "What a worker knows of a generator, when it may use this fraction of its machine's memory, or of its GPU's."
+def prior_facts(spec: RunSpec, classes: Sequence[str], fraction: float) -> tuple[str, int]: # fingerprint, batch size
+    """What a worker knows of a generator, when it may use this fraction of its machine's memory, or of its GPU's.
+
+    ValueError for steps or prompts that will not do with it.
+    """
     from ucdm.core.batching import free_memory
     from ucdm.method.batch_size import find_batch_size, MEMORY_FRACTION
+    from ucdm.method.generate import check_generator
     prior = run_prior(spec)
+    check_generator(prior, classes, pair_config(spec))
     memory = int(fraction * MEMORY_FRACTION * free_memory(prior.device))
     return prior.fingerprint, find_batch_size(prior, pair_config(spec), memory=memory)
 
 # %% ../../nbs/runs/16_ray_engine.ipynb #d98db16e
-def remote_prior(spec: RunSpec) -> RemotePrior:
+def remote_prior(spec: RunSpec, classes: Sequence[str] = ()) -> RemotePrior: # names that it is to know
     """The generator of a run, and a batch size that fits on every machine.
 
     RuntimeError if machines have different generators of that name.
@@ -83,7 +88,8 @@ def remote_prior(spec: RunSpec) -> RemotePrior:
     # without a machine, `run_tasks` waits for one
     cores = [n["Resources"]["CPU"] for n in nodes(ray) if needs.met_by(n["Resources"])] or [needs.cpus]
     fraction = min(1.0, needs.gpus or needs.cpus / max(cores))
-    found = [f for _, f in run_tasks(prior_facts, ((i, (spec, fraction)) for i in range(len(cores))), apart=True)]
+    tasks = ((i, (spec, classes, fraction)) for i in range(len(cores)))
+    found = [f for _, f in run_tasks(prior_facts, tasks, apart=True)]
     if errors := [f for f in found if isinstance(f, Exception)]: raise errors[0]
     if len({fingerprint for fingerprint, _ in found}) > 1:
         raise RuntimeError(f"the machines of the cluster have different generators under the name {spec.prior!r}.")
@@ -166,12 +172,12 @@ class RayEngine(Engine):
     "The workers of the cluster that this machine belongs to (or of RAY_ADDRESS)."
     def fill(self, r, data, folders, bars=False):
         with workers(next(iter(folders.values())).parent): # kept from one part to the next
-            return fill_with(remote_prior(r.spec), fill_stores, r, data, folders, bars)
+            return fill_with(remote_prior(r.spec, data.split.known_names), fill_stores, r, data, folders, bars)
 
     def outcomes(self, specs, cache=None, fresh=False, root=None, progress=True):
         folder = cache_folder(cache).resolve()
         modules = modules_of(list(specs.values()), "on a cluster")
-        resolved = {i: resolve(s) for i, s in specs.items()}
+        resolved = {i: resolve(s, root) for i, s in specs.items()}
         there = {i for i, r in resolved.items() if not fresh and (folder / "runs" / f"{r.hash}.json").exists()}
         for i in sorted(there):
             try: yield i, run(specs[i], folder, False, root, progress)
