@@ -34,10 +34,8 @@ def other_code(monkeypatch):
         modules = source._package() | {module: source._read_module(module, text.replace(old, new))}
         monkeypatch.setattr(source, "_package", lambda: modules)
         source.source_hash.cache_clear()
-        code_hash.cache_clear()
     yield change
     source.source_hash.cache_clear()
-    code_hash.cache_clear()
 
 
 def folders(tmp_path):

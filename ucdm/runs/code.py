@@ -6,33 +6,24 @@
 __all__ = ['roots', 'code_hash']
 
 # %% ../../nbs/runs/04_code.ipynb #5167b580
-from functools import lru_cache
-
-from ..core.source import defined_in, source_hash
+from ..core.source import source_hash, traced
 from .registry import get_method, get_problem
 
 # %% ../../nbs/runs/04_code.ipynb #c6ab7c91
-def _whole(function) -> set[tuple[str, str]]:
-    "A function of the package as a root; all of its module where it is made by another function."
-    module, name = function.__module__, function.__qualname__
-    there = defined_in(module) # nothing for a function of a notebook or a script
-    return {(module, name)} if name in there else {(module, n) for n in there}
-
-
-def roots(method: str, problem: str = "class_distribution_mismatch") -> set[tuple[str, str]]:
+def roots(method: str, problem: str = "class_distribution_mismatch",
+         ) -> tuple[frozenset[tuple[str, str]], frozenset[str]]: # as `traced`
     "Where the code of a method's results begins."
     m, p = get_method(method), get_problem(problem)
-    found = set().union(*(_whole(f) for f in (m.fit, p.split, p.labelled, p.evaluate)))
-    found |= {("ucdm.data.datasets", "load_dataset"), ("ucdm.runs.result", "labelling_rounds")}
+    inside, elsewhere = traced([m.fit, p.split, p.labelled, p.evaluate])
+    found = {("ucdm.data.datasets", "load_dataset"), ("ucdm.runs.result", "labelling_rounds")}
     if method == "ucdm": found |= {("ucdm.method.fit", "fit_ucdm")}
     if m.uses_prior: found |= {("ucdm.diffusion.prior", "load_prior")}
     if m.uses_pairs: found |= {("ucdm.runs.pools", "read_pairs"), ("ucdm.runs.pools", "fill_locally")}
-    return found
+    return inside | found, elsewhere
 
 # %% ../../nbs/runs/04_code.ipynb #f2aa9e10
-@lru_cache
 def code_hash(method: str | None = None, # only what this method's results depend on; None takes the whole package
               problem: str = "class_distribution_mismatch",
              ) -> str: # 16 hex digits
     "A hash of what the package computes, by the content of its definitions."
-    return source_hash(frozenset(roots(method, problem)) if method else None)
+    return source_hash(*roots(method, problem)) if method else source_hash()
