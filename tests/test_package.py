@@ -142,7 +142,7 @@ def test_wheel_has_commands(installed, tmp_path):
 @pytest.mark.parametrize("module", ["fcntl", "resource"])
 def test_other_systems_are_told(module, tmp_path):
     "Where Python lacks a module, the parts that need it name the systems that have it."
-    parts = {"fcntl": ["ucdm.method.pair_store", "ucdm.batch.runner"], "resource": ["ucdm.runs.provenance"]}
+    parts = {"fcntl": ["ucdm.batch.runner"], "resource": ["ucdm.runs.provenance"]}
     for part in parts[module]:
         code = f"import sys; sys.modules[{module!r}] = None; import {part}"
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
