@@ -46,7 +46,8 @@ def _grids(kind, prior, config, top) -> Iterator[Grid]: # for inversion, for sam
     if top is not None and not 1 <= top <= config.steps:
         raise ValueError(f"top={top} must be a step of the inversion, 1 to {config.steps}.")
     n = (top or config.steps) + 1
-    return (Grid(g.timesteps[:n], g.alpha_bar[:n]) for g in grid_pair(prior.schedule, config.steps, config.grid))
+    grids = grid_pair(prior.schedule, config.steps, config.grid, config.clean)
+    return (Grid(g.timesteps[:n], g.alpha_bar[:n]) for g in grids)
 
 # %% ../../nbs/method/07_pair_latents.ipynb #1b100e3d
 def _start(kind, prior, x_0, ids, names, config, prompts, up, down) -> Tensor: # float32 [B, *latent_shape]
@@ -134,7 +135,7 @@ def generate_batch(prior: Prior, images: Tensor, # uint8 [B, 3, H, W], the seed 
                    kinds: Sequence[str] = KINDS, # what to make
                   ) -> list[Tensor]: # latents, float32 [B, *latent_shape], one entry a kind
     "Positives (Eq. 1, then Eq. 2) and negatives (Eq. 6, then Eq. 8) in latent space."
-    up, down = grid_pair(prior.schedule, config.steps, config.grid)
+    up, down = grid_pair(prior.schedule, config.steps, config.grid, config.clean)
     x_0, prompts = _encode(prior, images, ids, names, config), _prompts(config, ids, names)
     x_T = torch.cat([_start(kind, prior, x_0, ids, names, config, prompts, up, down) for kind in kinds])
     eta = torch.tensor([getattr(config, f"eta_{kind}") for kind in kinds]).repeat_interleave(len(ids))

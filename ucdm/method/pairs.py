@@ -25,7 +25,7 @@ _as_tuple = BeforeValidator(lambda templates: tuple(templates) if isinstance(tem
 
 @settings
 class PairConfig:
-    "How pairs are generated (Table 16). The last three fields come from `ucdm.method.differences.Differences`."
+    "How pairs are generated (Table 16). `inversion`, `grid` and `pairing` come from `ucdm.method.differences.Differences`."
     steps: Count = 20                  # DDIM steps of inversion, and of sampling
     guidance: float = 7.5              # classifier-free guidance of the positives
     eta_positive: Eta = 1.0            # DDIM's eta when positives are sampled
@@ -42,10 +42,15 @@ class PairConfig:
     inversion: Literal["eq6", "ode", "implicit"] = "eq6"
     grid: Literal["matched", "reference"] = "matched"
     pairing: Literal["aligned", "reference"] = "aligned"
+    # level of the clean image: 1, as in Eq. 1, or what the generator's schedule says
+    clean_level: Literal["one", "schedule"] = field(default="one", metadata=dict(before="schedule"))
 
     def __post_init__(self):
         if not self.templates: raise ValueError("template=() holds no prompt; give at least one.")
         for t in self.templates: checked(t, Template, "PairConfig.template")
+
+    @property
+    def clean(self) -> float | None: return 1.0 if self.clean_level == "one" else None # as for `grid_pair`
 
     @property
     def templates(self) -> tuple[str, ...]: return (self.template,) if isinstance(self.template, str) else self.template
