@@ -40,6 +40,7 @@ PROGRAMS = {  # requirements that are used without being imported
     "jupyterlab": "make lab",
     "pytest-timeout": "time limits of the tests",
     "pytest-xdist": "tests in several processes",
+    "tabulate": "tables in Markdown, through pandas",
 }
 
 

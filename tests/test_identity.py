@@ -1,4 +1,5 @@
 "Pairs and results are known by everything that decides them."
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -15,6 +16,8 @@ from ucdm.method.pairs import PairConfig
 from ucdm.runs import identity, pools
 from ucdm.runs.code import code_hash
 from ucdm.runs.identity import prior_identity, resolve, spec_hash
+from ucdm.runs.registry import METHODS, register_method
+from ucdm.runs.run import run
 from ucdm.runs.spec import RunSpec
 
 SPEC = RunSpec(n_seeds=8, n_test=24, pairs=dict(steps=2))
@@ -108,3 +111,43 @@ def test_committed_results_keep_their_names():
     runs = [json.loads(f.read_text(encoding="utf-8")) for f in files]
     own = [r for r in runs if "/" not in r["spec"]["prior"]] # without generators that lie in a cache
     assert len(own) > 200 and all(spec_hash(RunSpec(**r["spec"])) == r["hash"] for r in own)
+
+
+class Even:
+    "Answers everything alike."
+    def __init__(self, classes): self.K = len(classes)
+    def predict(self, images): return tuple(torch.full((len(images), n), 1 / n) for n in (self.K, self.K + 1))
+
+
+@pytest.fixture
+def own_method():
+    yield lambda fit: register_method("own")(fit)
+    METHODS.pop("own", None)
+
+
+OWN = RunSpec(method="own", n_seeds=8, n_test=24)
+
+
+def test_edited_while_it_runs(tmp_path, own_method, other_code):
+    "A result is stamped with the code that its run began with."
+    def fit(task):
+        other_code("ucdm.runs.mismatch", "by_rule", "def by_rule(", "def by_rule(changed, ")
+        return Even(task.classes)
+    own_method(fit)
+    before = code_hash("own")
+    assert run(OWN, tmp_path, progress=False).provenance["code"] == before != code_hash("own")
+
+
+def test_whatever_can_be_called_is_a_method(tmp_path, own_method):
+    "A partial function, a method of an object: the run is kept, and told from another one."
+    def fit(task, rate): return Even(task.classes)
+    class Trainer:
+        def __init__(self, rate): self.rate = rate
+        def fit(self, task): return Even(task.classes)
+        def __call__(self, task): return Even(task.classes)
+    codes = []
+    for rate in (0.1, 0.5):
+        for made in (functools.partial(fit, rate=rate), Trainer(rate).fit, Trainer(rate), lambda task: fit(task, rate)):
+            own_method(made)
+            codes.append(run(OWN, tmp_path, fresh=True, progress=False).provenance["code"])
+    assert len({*codes[:4]} & {*codes[4:]}) == 0

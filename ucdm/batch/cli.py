@@ -25,7 +25,7 @@ from ucdm.batch.profiles import (
 )
 from .runner import Batch
 from ..core.checked import nearest
-from ..core.files import write_atomic
+from ..core.files import check_one_writer, write_atomic
 from ..core.progress import human_time, print_anything
 
 # %% ../../nbs/batch/11_cli.ipynb #5b02912c
@@ -274,6 +274,7 @@ def main(
             _prepare(profile, [], [], jobs, batch.committed, notebooks, False).write_page() # it links to what is there
             print(f"{batch.committed}: {written} files written, {removed} removed")
         else:
+            check_one_writer(jobs)
             use_engine(engine, batch.out / "cache", address, task_cpus, task_gpus)
             print(_start_line(batch, bool(only)), flush=True)
             status = batch.run(fresh=not resume, everything=not only)

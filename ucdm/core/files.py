@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NO_LOCKS', 'PACKAGE', 'ASSETS', 'write_atomic', 'clear_partials', 'canonical', 'atomic_json', 'CorruptResult',
-           'checked_json', 'NoLocks', 'locked']
+           'checked_json', 'NoLocks', 'locked', 'check_one_writer']
 
 # %% ../../nbs/core/01_files.ipynb #0890a026
 import errno, hashlib, json, math, os, platform, shutil, uuid
@@ -152,7 +152,7 @@ def locked(path: str | Path, # lock file; its folder is made if need be
     """Hold a lock file while the block runs.
 
     TimeoutError, with the process's number, if another one holds it for longer than `timeout` (0: refuse at once);
-    NoLocks on a file system without locks, unless UCDM_ONE_WRITER is set; OSError if the lock file cannot be made.
+    NoLocks on a file system without locks, unless UCDM_ONE_WRITER is 1; OSError if the lock file cannot be made.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,11 +165,17 @@ def locked(path: str | Path, # lock file; its folder is made if need be
         if isinstance(e, TimeoutError): raise
         if e.errno not in NO_LOCKS:
             raise OSError(e.errno, f"could not lock {path}: {e.strerror or e}. Choose another folder.") from e
-        if not os.environ.get("UCDM_ONE_WRITER"): raise NoLocks(e.errno, _no_locks(path, e)) from e
+        if os.environ.get("UCDM_ONE_WRITER") != "1": raise NoLocks(e.errno, _no_locks(path, e)) from e
     try: yield
     finally:
         if lock.is_locked: _holder_file(path).unlink(missing_ok=True)
         lock.release()
+
+# %% ../../nbs/core/01_files.ipynb #5e200002
+def check_one_writer(jobs: int) -> None:
+    "ValueError if several processes are to write where one has said that it is alone."
+    if jobs > 1 and os.environ.get("UCDM_ONE_WRITER") == "1":
+        raise ValueError(f"UCDM_ONE_WRITER=1 says that one process writes, but {jobs} would: set the number of jobs to 1.")
 
 # %% ../../nbs/core/01_files.ipynb #cb669876
 PACKAGE = Path(str(files("ucdm")))

@@ -6,12 +6,13 @@
 __all__ = ['ASIDE', 'defined_in', 'reached', 'source_hash', 'traced']
 
 # %% ../../nbs/core/08_source.ipynb #c05e0004
-import ast, hashlib, inspect, linecache, sys
+import ast, hashlib, inspect, linecache, sys, sysconfig
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, field
-from functools import lru_cache
-from types import FunctionType, ModuleType
+from functools import lru_cache, partial
+from pathlib import Path
+from types import CodeType, FunctionType, MethodType, ModuleType
 
 from .files import PACKAGE
 
@@ -167,69 +168,125 @@ def source_hash(roots: Set[tuple[str, str]] | None = None, # (module, definition
 # %% ../../nbs/core/08_source.ipynb #5e0c0002
 def _place(thing: FunctionType | type) -> tuple[str, str]:
     "The module in which a function or class is written, and the name there that leads to it."
-    module = thing.__globals__["__name__"] if isinstance(thing, FunctionType) else thing.__module__
+    module = thing.__globals__.get("__name__", "") if isinstance(thing, FunctionType) else thing.__module__
     return module, thing.__qualname__.split(".")[0]
 
 
 def _functions(thing: FunctionType | type) -> list[FunctionType]:
-    "A function itself; those of a class."
-    return [f for f in (vars(thing).values() if isinstance(thing, type) else [thing]) if isinstance(f, FunctionType)]
+    "A function itself; those of a class, and of its static and class methods."
+    values = vars(thing).values() if isinstance(thing, type) else [thing]
+    return [f for f in (getattr(v, "__func__", v) for v in values) if isinstance(f, FunctionType)]
 
+# %% ../../nbs/core/08_source.ipynb #5e0c0018
+@lru_cache
+def _is_own(module: str) -> bool:
+    "Whether it is a notebook or a script, rather than a part of Python, of an installed library, or of this package."
+    if module in sys.builtin_module_names or module in _package(): return False
+    file, installed = getattr(sys.modules.get(module), "__file__", None), sysconfig.get_paths()
+    places = [installed[k] for k in ("stdlib", "platstdlib", "purelib", "platlib")]
+    return not file or not any(Path(file).resolve().is_relative_to(Path(p).resolve()) for p in places)
 
-def _written(thing: FunctionType | type) -> ast.stmt | None:
-    "The statement that defines a function or class; None if its source is not known."
+# %% ../../nbs/core/08_source.ipynb #5e0c0003
+def _written(thing: FunctionType | type) -> list[ast.stmt]:
+    "The statements that define a function, or a class and what was added to it; none if the source is not known."
+    found = {}
     for code in (f.__code__ for f in _functions(thing)):
         try: body = ast.parse("".join(linecache.getlines(code.co_filename))).body
         except SyntaxError: continue
-        for node in (n for n in body if _place(thing)[1] in _names(n)):
+        for node in body:
             first = min(n.lineno for n in [node, *getattr(node, "decorator_list", [])])
-            if first <= code.co_firstlineno <= node.end_lineno: return node
+            if first <= code.co_firstlineno <= node.end_lineno: found[code.co_filename, first] = node
+    return list(found.values())
 
-# %% ../../nbs/core/08_source.ipynb #5e0c0005
+# %% ../../nbs/core/08_source.ipynb #5e0c0006
+def _compiled(code: CodeType) -> str:
+    "What a function's compiled code says."
+    constants = [_compiled(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
+    return " ".join([code.co_code.hex(), *constants, *code.co_names])
+
+# %% ../../nbs/core/08_source.ipynb #5e0c0009
+def _value(node: ast.AST, space: dict): # None for what is no name in it
+    "What a name, or a module's attribute, stands for."
+    if isinstance(node, ast.Name): return space.get(node.id) if isinstance(node.ctx, ast.Load) else None
+    if not isinstance(node, ast.Attribute): return None
+    module = _value(node.value, space)
+    return getattr(module, node.attr, None) if isinstance(module, ModuleType) else None
+
+
 def _mentioned(thing: FunctionType | type, node: ast.stmt) -> Iterator[tuple[str, object]]: # name, value
     "What a function or class written outside the package uses."
-    space = next((f.__globals__ for f in _functions(thing)), vars(sys.modules[thing.__module__]))
+    space = next((f.__globals__ for f in _functions(thing)), None) or vars(sys.modules[thing.__module__])
     for n in ast.walk(node):
-        if isinstance(n, ast.Name) and n.id in space: yield n.id, inspect.unwrap(space[n.id])
-        if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name):
-            module = space.get(n.value.id)
-            if isinstance(module, ModuleType) and hasattr(module, n.attr):
-                yield n.attr, inspect.unwrap(getattr(module, n.attr))
+        value = _value(n, space)
+        if value is not None and not isinstance(value, ModuleType): yield ast.unparse(n).split(".")[-1], value
 
-
-def _carried(thing: FunctionType | type) -> list[FunctionType | type]:
+# %% ../../nbs/core/08_source.ipynb #5e0c000d
+def _cells(function: FunctionType) -> Iterator[tuple[str, object]]: # name, value
     "What a function that was made by another function holds."
-    cells = [c for f in _functions(thing) for c in f.__closure__ or ()]
-    return [c.cell_contents for c in cells if isinstance(c.cell_contents, (FunctionType, type))]
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
+        try: yield name, cell.cell_contents
+        except ValueError: pass # not filled yet
 
+
+def _opened(name: str, value) -> list[tuple[str, object]]: # name, value
+    "What is in a value, for one that is neither a function, a class nor plain data."
+    if isinstance(value, partial): return [(name, v) for v in (value.func, value.args, value.keywords)]
+    if isinstance(value, MethodType): return [(name, value.__func__), (name, value.__self__)]
+    if hasattr(value, "__wrapped__"): return [(name, inspect.unwrap(value))]
+    if isinstance(value, dict): return [(f"{name}[{k!r}]", v) for k, v in value.items() if k != "__builtins__"]
+    if isinstance(value, (list, tuple)): return [(f"{name}[{n}]", v) for n, v in enumerate(value)]
+    if isinstance(value, (set, frozenset)): return [(name, v) for v in value]
+    if not _is_own(type(value).__module__): return []
+    return [(name, type(value)), *((f"{name}.{k}", v) for k, v in getattr(value, "__dict__", {}).items())]
+
+# %% ../../nbs/core/08_source.ipynb #5e0c000f
+_DATA = (bool, int, float, complex, str, bytes, type(None))
 
 def _constant(name: str, value) -> tuple[str, str] | None:
     "The package's definition that a constant comes from, if any."
     owners = (m for m, content in _package().items() if name in content.definitions)
     return next(((m, name) for m in owners if getattr(sys.modules.get(m), name, None) is value), None)
 
-# %% ../../nbs/core/08_source.ipynb #5e0c0007
-def traced(things: Iterable[FunctionType | type],
-          ) -> tuple[frozenset[tuple[str, str]], frozenset[str]]: # the package's definitions, source from elsewhere
-    """Where the code of some functions begins, and that part of it which the package does not hold.
 
-    From a notebook or a script only what stands in it is followed, not what it imports from other scripts.
+def _begin(things: Iterable) -> list[tuple[str, object]]: # name, value
+    "Callables of all kinds as functions and classes, with what they hold."
+    queue = [("", t) for t in things]
+    for name, value in queue:
+        if isinstance(value, (FunctionType, type)): more = [c for f in _functions(value) for c in _cells(f)]
+        else: more = [] if isinstance(value, _DATA) else _opened(name, value)
+        queue += [m for m in more if not any(m[1] is v for _, v in queue)]
+    return queue
+
+# %% ../../nbs/core/08_source.ipynb #5e0c0013
+def _own_pieces(name: str, value: FunctionType | type, queue: list) -> set[str]:
+    "What a definition outside the package says; what it uses joins the queue."
+    nodes = _written(value)
+    if any(map(_is_settings, nodes)): return set()
+    queue += [m for node in nodes for m in _mentioned(value, node)]
+    queue += [m for f in _functions(value) for m in _cells(f)]
+    if isinstance(value, type):
+        data = {k: v for k, v in vars(value).items() if isinstance(v, (*_DATA, list, tuple, dict)) and k[:2] != "__"}
+        queue += [(f"{name}.{k}", v) for k, v in data.items()]
+    said = {f"{name} {piece}" for node in nodes for piece in _pieces([node])}
+    if nodes and "<lambda>" not in value.__qualname__: return said # there may be several lambdas in a line
+    return said | {f"{name} {_compiled(f.__code__)}" for f in _functions(value)}
+
+# %% ../../nbs/core/08_source.ipynb #5e0c0012
+def traced(things: Iterable, # functions, classes, methods, partial functions, objects that can be called
+          ) -> tuple[frozenset[tuple[str, str]], frozenset[str]]: # the package's definitions, source from elsewhere
+    """Where some code begins, and that part of it which the package does not hold.
+
+    Installed libraries are not followed: the versions of those that matter are in a result's provenance.
     """
-    inside, elsewhere, seen, queue = set(), set(), set(), list(things)
-    for thing in queue: queue += [c for c in _carried(thing) if c not in queue]
-    home = {_place(t)[0] for t in queue}
+    queue, inside, elsewhere, seen = _begin(things), set(), set(), []
     while queue:
-        thing = queue.pop()
-        if thing in seen: continue
-        seen.add(thing)
-        module, name = _place(thing)
-        if name in defined_in(module):
-            if not f"{module}.{name}".startswith(ASIDE): inside.add((module, name))
-            continue
-        if module not in home or not (node := _written(thing)) or _is_settings(node): continue
-        elsewhere |= {f"{name} {piece}" for piece in _pieces([node])}
-        for name, value in _mentioned(thing, node):
-            if isinstance(value, (FunctionType, type)): queue.append(value)
-            elif at := _constant(name, value): inside.add(at)
-            elif isinstance(value, (bool, int, float, str, bytes, tuple, type(None))): elsewhere.add(f"{name} {value!r}")
-    return frozenset(inside), frozenset(elsewhere)
+        name, value = queue.pop()
+        if at := _constant(name, value): inside.add(at); continue
+        if isinstance(value, _DATA): elsewhere.add(f"{name} {value!r}"); continue
+        if any(value is s for s in seen): continue
+        seen.append(value)
+        if not isinstance(value, (FunctionType, type)): queue += _opened(name, value); continue
+        module, name = _place(value)
+        if name in defined_in(module): inside.add((module, name))
+        elif _is_own(module): elsewhere |= _own_pieces(name, value, queue)
+    return frozenset(at for at in inside if not ".".join(at).startswith(ASIDE)), frozenset(elsewhere)

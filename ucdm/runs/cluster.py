@@ -138,7 +138,7 @@ def is_secret(name: str, value: str) -> bool:
 def carried(ray) -> dict[str, str]:
     "Environment variables that workers need too, with a thread for each core that a task is given; no secrets."
     wanted = {k: v for k, v in os.environ.items() if k.startswith(("UCDM_", "HF_")) and not is_secret(k, v)}
-    wanted.pop("UCDM_ENGINE", None)
+    for own in ("UCDM_ENGINE", "UCDM_ONE_WRITER"): wanted.pop(own, None) # of this process alone
     return wanted | dict(OMP_NUM_THREADS=str(max(1, int(task_needs(ray).cpus))))
 
 # %% ../../nbs/runs/13_cluster.ipynb #b15bf65e

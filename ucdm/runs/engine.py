@@ -14,6 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 
+from ..core.files import check_one_writer
 from .identity import Resolved
 from .pools import fill_locally, pair_set, RunData
 from .registry import get_method
@@ -51,6 +52,7 @@ class LocalEngine(Engine):
     def fill(self, r, data, folders, bars=False): return fill_locally(r, data, folders, bars)
 
     def outcomes(self, specs, cache=None, fresh=False, root=None, progress=True):
+        check_one_writer(self.jobs)
         each = _one_by_one if self.jobs <= 1 else _in_processes
         yield from each(specs, (cache, fresh, root, progress), self.jobs)
 

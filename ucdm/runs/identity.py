@@ -51,7 +51,8 @@ def method_config(spec: RunSpec): # the method's dataclass, or None
 
 # %% ../../nbs/runs/03_identity.ipynb #84f5b254
 def _prior_folder(name: str) -> Path:
-    "Where a generator's files are; the name itself as a path if it is no packaged one."
+    "Where a generator's files are; the name itself as a path if it is no packaged one. ValueError for no name."
+    if not name.strip(): raise ValueError("a generator needs a name: a packaged one, a folder, or a hub id.")
     folder = ASSETS / "priors" / name
     return folder if folder.is_dir() else Path(name)
 

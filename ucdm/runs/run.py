@@ -61,6 +61,7 @@ def _seed_counts(data: RunData, truth, given: int, evaluation: Evaluation) -> di
 def _compute(r: Resolved, folder: Path, partial: Path, root, progress: bool, fill: Callable) -> RunResult:
     "A run, from its data to its result."
     spec, clock, where = r.spec, _Clock(), provenance()
+    code = code_hash(spec.method, spec.problem) # now: who edits it meanwhile edits the next run
     bars = progress and not os.environ.get("UCDM_LOG") and sys.stderr.isatty()
     with clock.part("data"): data = run_data(r, root)
     def pairs():
@@ -73,7 +74,7 @@ def _compute(r: Resolved, folder: Path, partial: Path, root, progress: bool, fil
         truth = data.split.true_labels(data.train)
         evaluation = r.problem.evaluate(fitted, data.split, data.test)
     where |= dict(
-        code=code_hash(spec.method, spec.problem),
+        code=code,
         seconds=clock.seconds,
         peak_memory_mb=peak_memory_mb(),
         data=dict(train=data.train.fingerprint[:16], split=data.split.hash),

@@ -122,6 +122,16 @@ def assign(self: WorkQueue) -> list[tuple[int, Task]]: # worker, task
         given.append(self._hand(next(iter(room)), self.waiting.popleft()))
     return given
 
+# %% ../../nbs/runs/14_work_queue.ipynb #5e1f0002
+@patch
+def give_up(self: WorkQueue, worker: int) -> None:
+    "A worker that was to come does not: what waited for it takes any machine."
+    avoided = self.coming.pop(worker)
+    for task in [t for t in self.particular if t.avoid <= avoided]:
+        self.particular.remove(task)
+        task.avoid = None
+        self.waiting.appendleft(task)
+
 # %% ../../nbs/runs/14_work_queue.ipynb #3124bf72
 @patch
 def done(self: WorkQueue, worker: int, task: Task) -> None:

@@ -51,7 +51,7 @@ def worker_class() -> type:
 # %% ../../nbs/runs/15_workers.ipynb #5b128a76
 RETRIES = 5    # times that a task is done again when its worker is lost
 TRIES = 2      # times that a task is done again when memory, a device, or reading and writing failed
-PATIENCE = 120 # seconds to wait for a machine when none is left that can run a task
+PATIENCE = 120 # seconds to wait for a machine when none is left that can run a task, or only the one that failed
 IDLE = 30      # seconds after which a worker without a task gives its card back
 LOOK = 2       # seconds between two looks at which machines there are
 
@@ -68,7 +68,7 @@ class Workers:
     "The workers of this process on a cluster. `refused` has the machines that cannot take part, and why."
     def __init__(self, ray, folder: str | Path | None = None): # a folder that all machines must see
         self.ray, self.needs, self.env, self.queue = ray, task_needs(ray), carried(ray), WorkQueue()
-        self.actor, self.numbers, self.handles = ray.remote(worker_class()), count(), {}
+        self.actor, self.numbers, self.handles, self.begun = ray.remote(worker_class()), count(), {}, {}
         self.pending = {} # what Ray promised -> what to do with it
         self.slots, self.hosts, self.admitted, self.refused = {}, {}, set(), {}
         self.looked, self.none_since, self.failing_since, self.start_from = 0.0, None, None, 0.0
@@ -86,6 +86,7 @@ class Workers:
 def _drop(self: Workers, worker: int) -> list[Task]: # what it held
     "End a worker, whether it is still there or not."
     self.ray.kill(self.handles.pop(worker))
+    del self.begun[worker]
     self.pending = {ref: then for ref, then in self.pending.items() if then.args[0] != worker}
     return self.queue.leave(worker)
 
@@ -115,7 +116,7 @@ def _start(self: Workers, excluded: frozenset[str]) -> None: # machines on which
     if no: where = dict(label_selector={"ray.io/node-id": f"!in({','.join(no)})"})
     asked = dict(num_cpus=self.needs.cpus, num_gpus=self.needs.gpus, scheduling_strategy="SPREAD")
     worker, handle = next(self.numbers), self.actor.options(**asked, **where).remote()
-    self.handles[worker], self.queue.coming[worker] = handle, excluded
+    self.handles[worker], self.queue.coming[worker], self.begun[worker] = handle, excluded, time.monotonic()
     self.pending[handle.where.remote()] = partial(self._placed, worker)
 
 # %% ../../nbs/runs/15_workers.ipynb #f1e80fbd
@@ -205,11 +206,22 @@ def _give(self: Workers, worker: int, task: Task) -> None:
         task.outcomes.append((task.name, e))
     else: self.pending[ref] = partial(self._ended, worker, task)
 
+# %% ../../nbs/runs/15_workers.ipynb #5e1f0005
+@patch
+def _give_up(self: Workers) -> None:
+    "End workers that do not come though tasks wait for them."
+    if not self.queue.room[0]: return
+    late = [w for w, no in self.queue.coming.items() if no and time.monotonic() - self.begun[w] > PATIENCE]
+    for worker in late:
+        self.queue.give_up(worker)
+        self._drop(worker)
+
 # %% ../../nbs/runs/15_workers.ipynb #c24e45bc
 @patch
 def step(self: Workers) -> None:
     "Start workers, give out tasks, and see to what has happened; at most LOOK seconds."
     self._look()
+    self._give_up()
     if time.monotonic() >= self.start_from:
         for excluded in self.queue.wanted(self.slots): self._start(excluded)
     for worker, task in self.queue.assign(): self._give(worker, task)
