@@ -46,7 +46,7 @@ class Difference:
         return f"difference {self.mean:+.1f}, 95 % interval {self.interval[0]:+.1f} to {self.interval[1]:+.1f}, {self.n} runs"
 
 # %% ../../nbs/report/05_claims.ipynb #c1a10003
-def difference(a: pd.Series, # a value a run, by replicate
+def difference(a: pd.Series | float, # a value a run, by replicate; or a level
                b: pd.Series | float, # the same of something else, or a level
               ) -> Difference: # a minus b
     "The paired difference, over the replicates that both have."
