@@ -12,7 +12,7 @@ from ucdm.batch.profiles import find_experiments, load_profile, plan
 
 ROOT = Path(__file__).parent.parent
 COMMITTED = "outputs/committed"
-VERDICTS = {"holds", "hint", "partly", "does not hold", "not tested", "not run"}
+VERDICTS = {"holds", "hint", "partly", "not shown", "does not hold", "not tested", "not run"}
 
 
 def git(*args):

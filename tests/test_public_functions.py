@@ -302,7 +302,7 @@ def test_conclude(tmp_path, monkeypatch):
     conclude("table_02", "Table 2", checks, tmp_path, dict(gap=1.0), ["a.png"], ["a.csv"], [one, one])
     held = json.loads((tmp_path / "results" / "table_02.json").read_text(encoding="utf-8"))
     assert held["runs"] == [one.hash] and held["run_seconds"] == 3.5 and held["stale"] == 1
-    assert [c["holds"] for c in held["checks"]] == [True, None] and held["numbers"] == dict(gap=1.0)
+    assert [c["outcome"] for c in held["checks"]] == ["holds", None] and held["numbers"] == dict(gap=1.0)
     assert read_result(tmp_path / "results" / "runs" / f"{one.hash}.json", SPEC).protocols["running"]["balance"] == 50
     assert not (tmp_path / "cache" / "done").exists()
     monkeypatch.setenv("UCDM_NOTEBOOK_KEY", "k")

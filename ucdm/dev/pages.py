@@ -218,12 +218,13 @@ def results_section(folder: Path, # of a batch's results, such as outputs/commit
                     place: str, # the folder as the page sees it
                    ) -> str: # Markdown for an experiment's page; "" if there is no result
     "What a batch found: the verdict, every tested part of the claim, figures and tables."
+    from ucdm.report.claims import stored_outcome
     try: result = json.loads((folder / "results" / f"{name}.json").read_text(encoding="utf-8"))
     except FileNotFoundError: return ""
     parts = [f"## Results of profile `{folder.name}`", f"The claim: **{result['verdict']}**."]
     if result["checks"]:
-        word = {True: "Holds", False: "Does not hold", None: "Not tested"}
-        parts.append("\n".join(f"- {c['claim']} **{word[c['holds']]}**: {c['evidence']}" for c in result["checks"]))
+        said = [(c["claim"], stored_outcome(c).capitalize(), c["evidence"]) for c in result["checks"]]
+        parts.append("\n".join(f"- {claim} **{outcome}**: {evidence}" for claim, outcome, evidence in said))
     parts += [f"![]({place}/{figure})" for figure in result["figures"] if (folder / figure).exists()]
     tables = [t for t in result["tables"] if (folder / t).exists()]
     parts += [(folder / t).read_text(encoding="utf-8") for t in tables if t.endswith(".md")]
