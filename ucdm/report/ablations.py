@@ -17,7 +17,7 @@ import pandas as pd
 
 from ..core.checked import nearest
 from .claims import Check, compared, Difference, difference
-from .intervals import draw_interval, mean_text, PLUS_MINUS, spread
+from .intervals import covers, draw_interval, mean_text, PLUS_MINUS, spread
 from .style import legend_above, METRIC_LABELS
 from .tables import best_two, Table
 from ..runs.engine import Engine, LocalEngine
@@ -63,8 +63,8 @@ METRICS = ("closed", "known", "unknown", "new", "balance")
 SPAN = 10 # points that an axis covers at least
 
 def variants_frame(results: Mapping[str, Sequence[RunResult]]) -> pd.DataFrame: # variant, seed, metric, value
-    "All runs of all variants, tidy."
-    return pd.DataFrame(
+    "All runs of all variants, tidy; `attrs` holds what their intervals cover."
+    frame = pd.DataFrame(
         [
             dict(variant=name, seed=r.spec.seed, metric=k, value=r.metrics[k])
             for name, rs in results.items()
@@ -72,6 +72,8 @@ def variants_frame(results: Mapping[str, Sequence[RunResult]]) -> pd.DataFrame: 
             for k in METRICS
         ]
     )
+    frame.attrs["covers"] = covers(r for rs in results.values() for r in rs)
+    return frame
 
 # %% ../../nbs/report/08_ablations.ipynb #fd2773bf
 def variants_table(frame: pd.DataFrame, # of `variants_frame`
@@ -101,7 +103,7 @@ def variants_table(frame: pd.DataFrame, # of `variants_frame`
     return Table(
         whole[["source", *frame.columns]],
         cells,
-        f"In percent: {PLUS_MINUS}." + (" Paper: as printed." if quoted else ""),
+        f"In percent: {PLUS_MINUS}.{frame.attrs.get('covers', '')}" + (" Paper: as printed." if quoted else ""),
         marks if quoted else None,
     )
 

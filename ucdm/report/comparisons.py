@@ -13,7 +13,7 @@ from dataclasses import fields, replace
 import pandas as pd
 
 from ..data.splits import class_split
-from .intervals import mean_interval, mean_text, PLUS_MINUS, RULES, spread
+from .intervals import covers, mean_interval, mean_text, PLUS_MINUS, RULES, spread
 from .style import METHOD_LABELS, METRIC_LABELS
 from .tables import Table
 from ..runs.budget import equal_passes
@@ -171,6 +171,6 @@ def protocols_table(
     return Table(
         frame,
         cells,
-        f"The same classifiers, tested in other ways. In percent: {PLUS_MINUS}. Closed-set methods with both "
-        "rules for \"other\"; a choice between them must not be made by these numbers.",
+        f"The same classifiers, tested in other ways. In percent: {PLUS_MINUS}.{covers(results)} Closed-set "
+        "methods with both rules for \"other\"; a choice between them must not be made by these numbers.",
     )

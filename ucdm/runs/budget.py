@@ -50,13 +50,13 @@ def equal_passes(specs: Sequence[RunSpec], # of a comparison
                 ) -> list[RunSpec]:
     "The same runs with one budget, for the methods that have such a setting and are not given another."
     @lru_cache
-    def of_ucdm(dataset, class_split, mismatch, split_seed, n_seeds):
-        spec = RunSpec("ucdm", dataset, class_split, mismatch, 0, split_seed, n_seeds=n_seeds, train=ucdm)
+    def of_ucdm(dataset, class_split, mismatch, n_seeds):
+        spec = RunSpec("ucdm", dataset, class_split, mismatch, n_seeds=n_seeds, train=ucdm)
         split = run_split(spec)
         return ucdm_passes(method_config(spec), len(split.seed_index), split.n_known)
     def with_budget(s):
         if image_passes == 0 or not _has_budget(s): return s
-        passes = image_passes or of_ucdm(s.dataset, s.class_split, s.mismatch, s.split_seed, s.n_seeds)
+        passes = image_passes or of_ucdm(s.dataset, s.class_split, s.mismatch, s.n_seeds)
         return replace(s, train=s.train | dict(image_passes=passes))
     return [with_budget(s) for s in specs]
 

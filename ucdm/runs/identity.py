@@ -27,7 +27,7 @@ def pair_config(spec: RunSpec): # ucdm.method.pairs.PairConfig
     changes = {k: v for k, v in spec.pairs.items() if k != "preset"}
     shared = {f.name for f in fields(Differences)} & {f.name for f in fields(PairConfig)} & set(spec.differences)
     check_fields(changes, PairConfig, "RunSpec pairs", {name: "it is already set in `differences`" for name in shared})
-    own = {name: spec.differences[name] for name in shared}
+    own = dict(seed=0 if spec.n_pool else spec.draw) | {name: spec.differences[name] for name in shared}
     return PairConfig.preset(spec.pairs.get("preset", "paper"), **own | changes)
 
 # %% ../../nbs/runs/03_identity.ipynb #f4f97f62
