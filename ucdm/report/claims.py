@@ -48,9 +48,11 @@ class Difference:
 # %% ../../nbs/report/05_claims.ipynb #c1a10003
 def difference(a: pd.Series | float, # a value a run, by replicate; or a level
                b: pd.Series | float, # the same of something else, or a level
+               least: int = 1, # fewer tell nothing
               ) -> Difference: # a minus b
-    "The paired difference, over the replicates that both have."
+    "The paired difference, over the replicates, or images, that both have."
     d = (a - b).dropna().tolist()
+    if len(d) < least: d = []
     mean, std, n = spread(d)
     error = std / math.sqrt(n) if n > 1 else math.nan
     if n < 2 or not error: p = math.nan if n < 2 else float(mean <= 0)
@@ -120,10 +122,10 @@ def verdict(checks: Sequence[Check]) -> str: # "holds", "hint", "partly", "not s
 # %% ../../nbs/report/05_claims.ipynb #facfb40a
 def _by_chance(checks: Sequence[Check]) -> str:
     "What a page with several comparisons of runs has to say about chance."
-    compared = [c for c in checks if c.p is not None]
+    compared = [c for c in checks if c.p is not None and not math.isnan(c.p)]
     if len(compared) < 2: return ""
     return (
-        f"\n\n{len(compared)} parts compare runs: without any difference, {LEVEL * len(compared):.2g} of them would hold "
+        f"\n\n{len(compared)} parts rest on paired differences: without any difference, {LEVEL * len(compared):.2g} of them would hold "
         "by chance. They are corrected for that (Holm)."
     )
 
