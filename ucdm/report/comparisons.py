@@ -158,6 +158,7 @@ def protocols_table(
             )
             for r in results
             for protocol, m in r.protocols.items()
+            if protocol != "held_out"
             for k in ("closed", *OPEN_METRICS)
         ]
     )

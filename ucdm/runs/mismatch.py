@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..data.images import ImageSet
 from ..data.splits import cdm_split, CDMSplit, class_split, labelled_subset
+from ..evaluation.held_out import held_out_protocol
 from ..evaluation.metrics import BATCH_NORM_PROTOCOLS, evaluate, evaluate_with_curves
 from .registry import Evaluation, Problem, register_problem
 from .spec import MISMATCH, RunSpec
@@ -72,4 +73,8 @@ def mismatch_evaluate(fitted, # a fitted method
     return Evaluation(protocols, curves, {g: len(x) for g, (x, _) in groups.items()})
 
 # %% ../../nbs/runs/06_mismatch.ipynb #e7aa6e46
-register_problem(Problem(MISMATCH, mismatch_identity, mismatch_split, labelled_seed_images, mismatch_evaluate))
+register_problem(
+    Problem(
+        MISMATCH, mismatch_identity, mismatch_split, labelled_seed_images, mismatch_evaluate, validate=held_out_protocol
+    )
+)

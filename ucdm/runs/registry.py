@@ -74,6 +74,8 @@ class Problem:
     labelled: Callable   # (split, training ImageSet, labels a class or None) -> the seed images, some with labels
     evaluate: Callable   # (fitted method, split, test ImageSet) -> Evaluation
     check: Callable = lambda spec: None # RunSpec -> None, or ValueError for `options` that cannot be
+    # (fitted method, split, training ImageSet, generator's name) -> further protocols, without labels that a user lacks
+    validate: Callable | None = None
 
 # %% ../../nbs/runs/02_registry.ipynb #a70dbeed
 @dataclass

@@ -73,6 +73,8 @@ def _compute(r: Resolved, folder: Path, partial: Path, root, progress: bool, fil
     with clock.part("evaluate"):
         truth = data.split.true_labels(data.train)
         evaluation = r.problem.evaluate(fitted, data.split, data.test)
+        if r.problem.validate and (r.method.uses_pairs or not r.method.uses_prior): # else its answers are dear
+            evaluation.protocols |= r.problem.validate(fitted, data.split, data.train, spec.prior)
     where |= dict(
         code=code,
         seconds=clock.seconds,
