@@ -11,24 +11,22 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..core.files import write_atomic
-from .intervals import mean_text
 
 # %% ../../nbs/report/14_filled_numbers.ipynb #a4000007
 @lru_cache(maxsize=256)
-def _read(file: Path) -> dict: return json.loads(file.read_text(encoding="utf-8"))
+def _read(file: Path) -> str: return file.read_text(encoding="utf-8")
 
-def _over_runs(words: list[str], # method, metric, and perhaps protocol and mismatch
-               runs: list[dict], form: str) -> str:
-    "The mean of a metric over the runs of a method, as tables have it."
-    method, metric, *rest = words
-    protocol = next((w for w in rest if not w.endswith("%")), "running")
-    at = next((float(w[:-1]) / 100 for w in rest if w.endswith("%")), None)
-    values = [
-        r["protocols"][protocol][metric]
-        for r in runs
-        if r["spec"]["method"] == method and at in (None, r["spec"]["mismatch"]) and protocol in r["protocols"]
-    ]
-    return mean_text([v for v in values if v is not None], form)
+def _cells(line: str) -> list[str]: # without marks
+    return [re.sub(r"[*†‡]|</?u>", "", c).strip() for c in line.strip().strip("|").split("|")]
+
+def _in_table(row: str, column: str, # labels; of a row with several, joined by ", "
+              text: str, # a table in Markdown
+             ) -> str | None:
+    "A cell, or nothing."
+    head, *lines = (_cells(line) for line in text.splitlines() if line.startswith("|"))
+    if column not in head: return None
+    labels = next((n for n, c in enumerate(head) if c), 1) # columns without a heading
+    return next((c[head.index(column)] for c in lines if ", ".join(filter(None, c[:labels])) == row), None)
 
 # %% ../../nbs/report/14_filled_numbers.ipynb #a4000008
 def number_of(source: str, # profile/notebook/number, perhaps with " | " and a format
@@ -40,17 +38,17 @@ def number_of(source: str, # profile/notebook/number, perhaps with " | " and a f
     file = committed / profile / "results" / f"{notebook}.json"
     if not file.is_file() and what == "verdict": return "not run"
     if not file.is_file(): raise ValueError(f"{source}: there is no {file}; run the notebook and publish its result.")
-    result = _read(file)
+    result = json.loads(_read(file))
     if what in ("runs", "stale"): return str(len(result["runs"]) if what == "runs" else result["stale"])
     if what == "verdict": return result["verdict"]
     if what in result["numbers"]:
         value = result["numbers"][what]
         return value if isinstance(value, str) else f"{value:{form or '.1f'}}"
-    runs = [_read(f) for h in result["runs"] if (f := file.parent / "runs" / f"{h}.json").is_file()]
-    text = _over_runs(what.split(), runs, form or ".1f") if len(what.split()) > 1 else "–"
-    if text == "–":
-        raise ValueError(f"{source}: no such number; there are {', '.join(result['numbers'])}, or a method and a metric.")
-    return text
+    row, _, column = (part.strip() for part in what.partition(";"))
+    tables = [committed / profile / t for t in result["tables"] if t.endswith(".md")]
+    found = next((c for t in tables if (c := _in_table(row, column, _read(t)))), None)
+    if found: return found
+    raise ValueError(f"{source}: no such number; there are {', '.join(result['numbers'])}, or row; column of a table.")
 
 # %% ../../nbs/report/14_filled_numbers.ipynb #a4000011
 _VERDICT = "holds|hint|partly|not shown|does not hold|not tested|not run"
