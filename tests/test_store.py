@@ -69,14 +69,14 @@ def test_commands(tmp_path):
     (store.folder / "pairs-0000009-00000000.safetensors.partial").write_bytes(b"half")
     status, printed = command("verify", tmp_path)
     assert status == 1 and bad.name in printed and "does not name: 1" in printed
-    assert command("repair", tmp_path)[0] == 0
-    status, printed = command("status", tmp_path, "--seeds", "8")
+    assert inside("repair", tmp_path)[0] == 0
+    status, printed = inside("status", tmp_path, "--seeds", "8")
     assert status == 1 and "2 of 8 seeds missing, the first is 2" in printed
     (tmp_path / "ids").write_text("7\n3\n6\n", encoding="utf-8")
-    status, printed = command("status", tmp_path, "--ids", tmp_path / "ids")
+    status, printed = inside("status", tmp_path, "--ids", tmp_path / "ids")
     assert status == 1 and "1 of 3 seeds missing, the first is 3" in printed
-    assert command("verify", tmp_path)[0] == 0 and not bad.exists()
-    assert command("verify", tmp_path / "nothing")[0] == 2
+    assert inside("verify", tmp_path)[0] == 0 and not bad.exists()
+    assert inside("verify", tmp_path / "nothing")[0] == 2
 
 
 def test_training_from_disk(tmp_path, monkeypatch, one_thread):

@@ -134,6 +134,9 @@ def _kernel_manager(command: list[str], private: str): # a class
         kernel_spec = property(lambda self: KernelSpec(argv=command, display_name="Python 3", language="python"))
     return OwnKernel
 
+# %% ../../nbs/batch/05_kernels.ipynb #5fa00002
+sys.modules.setdefault("rfc3987_syntax", None) # not there, as far as jsonschema can see
+
 # %% ../../nbs/batch/05_kernels.ipynb #f3813a85
 def _papermill(source: str, target: Path, parameters: str, failure: str, manager) -> int: # exit status
     "Execute a notebook; what went wrong is written to `failure`."
@@ -196,7 +199,7 @@ class Starter:
         self.warm = can_fork() and bool(modules)
         if not self.warm: return
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload([*modules, "papermill", "ipykernel.kernelapp"])
+        self.context.set_forkserver_preload(["ucdm.batch.kernels", *modules, "papermill", "ipykernel.kernelapp"])
         # figures into the notebook; that the main module is there already is no news
         calm = ",".join(filter(None, (os.environ.get("PYTHONWARNINGS"), "ignore::RuntimeWarning:runpy")))
         own = dict(MPLBACKEND="module://matplotlib_inline.backend_inline", PYTHONWARNINGS=calm)
