@@ -12,7 +12,7 @@ import pandas as pd
 
 from ..data.splits import class_split
 from .claims import Check, compared, difference, every
-from .comparisons import best_protocol, mean_of, OPEN_METRICS
+from .comparisons import best_protocol, mean_of, OPEN_METRICS, rivals_of
 from .intervals import RULES
 from .style import METHOD_LABELS
 from ..runs.result import RunResult
@@ -33,7 +33,7 @@ def _scores(results: Sequence[RunResult], by: str, value, method: str = "ucdm", 
 # %% ../../nbs/report/13_open_set_claims.ipynb #ee07f808
 def _duels(results: Sequence[RunResult], by: str, value) -> list[tuple]:
     "UCDM against each other method: its best mean, name, protocol, UCDM's lead."
-    rivals = [m for m in dict.fromkeys(r.spec.method for r in results) if m != "ucdm"]
+    rivals = rivals_of(dict.fromkeys(r.spec.method for r in results))
     ours = _scores(results, by, value)
     best = [(m, *best_protocol(results, m, **{by: value})) for m in rivals]
     return [(b, m, p, difference(ours, _scores(results, by, value, m, p))) for m, b, p in best if b == b]
@@ -55,8 +55,8 @@ def _highest(results: Sequence[RunResult], by: str, at: Mapping, everywhere: str
     leads = [lead for v in at for lead in [d[-1] for d in duels[v]] or [difference(pd.Series(), pd.Series())]]
     return compared(
         f"UCDM's balance score is the highest of all rows at {everywhere}, floor, ceiling and its own "
-        "generator among them, whichever rule the others say \"other\" by (the better one by these test "
-        "images, which favours them).",
+        "generator among them (not the classifier of the generator's labels), whichever rule the others say "
+        "\"other\" by (the better one by these test images, which favours them).",
         leads,
         "; ".join(evidence) + ".",
         central=True,

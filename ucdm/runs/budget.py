@@ -69,7 +69,7 @@ def training_passes(spec: RunSpec, n_seeds: int, n_known: int,
     About, where a method counts iterations: a labelled batch, and two views of an unlabelled one.
     """
     config = method_config(spec)
-    if config is None or hasattr(config, "draws"): return 0
+    if not (hasattr(config, "epochs_per_round") or hasattr(config, "image_passes")): return 0 # nothing is trained
     if hasattr(config, "epochs_per_round"): return ucdm_passes(config, n_seeds, n_known, rounds)
     if config.image_passes: return config.image_passes
     return config.iterations * config.batch_size * (1 if spec.method.startswith("supervised") else 1 + 2 * config.ratio)
