@@ -15,7 +15,7 @@ from ..core.randomness import item_noise
 from ..diffusion.inversion import invert, NoisePredictor, reverse
 from ..diffusion.prior import Prior
 from ..diffusion.schedule import add_noise, Grid, grid_pair, guided
-from .pairs import item_prompt, KINDS, PairConfig
+from .pairs import flip_items, item_prompt, KINDS, PairConfig
 
 # %% ../../nbs/method/07_pair_latents.ipynb #60bcafad
 def predictor(prior: Prior, prompts: Sequence[str], # one an item
@@ -38,6 +38,7 @@ def pair_noise(prior: Prior, config: PairConfig, ids: Sequence[int], names: Sequ
 def _prompts(config, ids, names) -> list[str]: return [item_prompt(config, i, n) for i, n in zip(ids, names)]
 
 def _encode(prior, images, ids, names, config) -> Tensor: # latents, float32 [B, *latent_shape]
+    if config.flip_seed_images: images = flip_items(config, images, ids, [""] * len(ids), "flip seed image")
     return prior.encode(images, pair_noise(prior, config, ids, names, "encode")[0] if config.sample_latents else None)
 
 # %% ../../nbs/method/07_pair_latents.ipynb #225bd20f
