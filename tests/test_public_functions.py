@@ -272,7 +272,9 @@ def test_pools_are_filled_once(tmp_path):
 @pytest.mark.parametrize("change, kinds", [
     (dict(pairs=dict(steps=3)), {"positive", "negative"}),
     (dict(pairs=dict(steps=2, guidance=2.0)), {"positive"}),
-    (dict(seed=1), set()),
+    (dict(seed=1), {"positive", "negative"}),
+    (dict(seed=1, split_seed=0), set()),
+    (dict(seed=1, n_pool=600), set()),
     (dict(train=dict(rounds=1)), set()),
     (dict(prior="elsewhere"), {"positive", "negative"}),
 ])
