@@ -80,12 +80,11 @@ def _note_on_batch_norm(results: Sequence[RunResult]) -> str:
     due = [r for r in results if steps(r) == "generated" or steps(r) < THROUGHOUT]
     if not (late := [r for r in due if never_frozen(r)]): return ""
     made = sorted(ucdm_iterations(method_config(r.spec), r.seeds["n"], r.rounds) for r in late)
-    in_words = lambda r: "those without real images" if steps(r) == "generated" else str(steps(r))
-    wanted = " or ".join(dict.fromkeys(map(in_words, late)))
     span = f"{made[0]:,}" + (f" to {made[-1]:,}" if made[-1] > made[0] else "")
+    wanted = " or ".join(dict.fromkeys(str(steps(r)) for r in late))
     return (
-        f"**Batch norm** learns its scale and shift throughout in {len(late)} of {len(results)} trainings of UCDM: "
-        f"they have {span} iterations, and the setting asks for {wanted} (`bn_affine_steps`)."
+        f"**Batch norm** learns its scale and shift throughout in {len(late)} of {len(results)} trainings of UCDM: the "
+        f"end that is set (`bn_affine_steps` {wanted}) is not reached (iterations of a training: {span})."
     )
 
 # %% ../../nbs/report/10_settings_note.ipynb #df8d75d3
