@@ -19,6 +19,7 @@ from ucdm.runs import identity, pools
 from ucdm.runs.code import code_hash
 from ucdm.runs.identity import prior_identity, resolve, spec_hash
 from ucdm.runs.registry import METHODS, register_method
+from ucdm.runs.result import read_result
 from ucdm.runs.run import run
 from ucdm.runs.spec import RunSpec
 
@@ -110,9 +111,8 @@ def test_hub_commit(monkeypatch):
 def test_committed_results_keep_their_names():
     "The results of this repository are found under their specifications."
     files = sorted(Path(__file__).parent.parent.glob("outputs/committed/*/results/runs/*.json"))
-    runs = [json.loads(f.read_text(encoding="utf-8")) for f in files]
-    own = [r for r in runs if "/" not in r["spec"]["prior"]] # without generators that lie in a cache
-    assert len(own) > 200 and all(spec_hash(RunSpec(**r["spec"])) == r["hash"] for r in own)
+    own = [r for r in map(read_result, files) if "/" not in r.spec.prior] # without generators that lie in a cache
+    assert len(own) > 200 and all(spec_hash(r.spec) == r.hash for r in own)
 
 
 class Even:
