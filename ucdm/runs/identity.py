@@ -55,7 +55,7 @@ def _prior_folder(name: str) -> Path:
     "Where a generator's files are; the name itself as a path if it is no packaged one. ValueError for no name."
     if not name.strip(): raise ValueError("a generator needs a name: a packaged one, a folder, or a hub id.")
     folder = ASSETS / "priors" / name
-    return folder if folder.is_dir() else Path(name)
+    return folder if Path(name).name == name and folder.is_dir() else Path(name)
 
 
 def is_packaged(prior: str) -> bool:
