@@ -230,7 +230,7 @@ def test_provenance(done):
         "peak_memory_mb",
         "threads",
     } <= result.provenance.keys()
-    assert set(result.protocols) == {"running", "group_pure", "mixed"}
+    assert set(result.protocols) == {"running", "group_pure", "mixed", "held_out"}
 
 
 def test_damaged_result(done, tmp_path):

@@ -238,8 +238,9 @@ def results_section(folder: Path, # of a batch's results, such as outputs/commit
     if result["checks"]:
         said = [(c["claim"], stored_outcome(c).capitalize(), c["evidence"]) for c in result["checks"]]
         parts.append("\n".join(f"- {claim} **{outcome}**: {evidence}" for claim, outcome, evidence in said))
-    if stale := stale_runs(folder, result["runs"]):
-        parts.append(f"{stale} of {len(result['runs'])} runs were computed by other code than the present.")
+    hashes = result.get("runs", [])
+    if stale := stale_runs(folder, hashes):
+        parts.append(f"{stale} of {len(hashes)} runs were computed by other code than the present.")
     parts += [f"![]({place}/{figure})" for figure in result["figures"] if (folder / figure).exists()]
     tables = [t for t in result["tables"] if (folder / t).exists()]
     parts += [(folder / t).read_text(encoding="utf-8") for t in tables if t.endswith(".md")]
