@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from ..report.claims import stored_outcome
 from ..report.filled_numbers import without_sources
 from ..runs.code import code_hash
+from ..runs.spec import MISMATCH
 
 # %% ../../nbs/dev/01_pages.ipynb #b8eee06e
 _LINK = re.compile(r'(\]\(|\b(?:src|href)=")([^)"\s#]+)')  # a Markdown link or picture, or an HTML attribute
@@ -223,8 +224,9 @@ def stale_runs(folder: Path, # of a batch's results
     "How many of the committed runs were computed by other code than the present."
     files = [f for h in hashes if (f := folder / "results" / "runs" / f"{h}.json").is_file()]
     runs = [json.loads(f.read_text(encoding="utf-8")) for f in files]
-    present = {kind: code_hash(*kind) for kind in {(r["spec"]["method"], r["spec"]["problem"]) for r in runs}}
-    return sum(r["provenance"].get("code") != present[r["spec"]["method"], r["spec"]["problem"]] for r in runs)
+    kinds = [(r["spec"]["method"], r["spec"].get("problem", MISMATCH)) for r in runs]
+    present = {kind: code_hash(*kind) for kind in set(kinds)}
+    return sum(r["provenance"].get("code") != present[kind] for r, kind in zip(runs, kinds))
 
 # %% ../../nbs/dev/01_pages.ipynb #d01d6924
 def results_section(folder: Path, # of a batch's results, such as outputs/committed/quick
