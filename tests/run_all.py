@@ -133,7 +133,7 @@ def import_problems(notebook):
 
 
 def export():
-    "Exported modules and README are what the notebooks say."
+    "Exported modules and README are what the notebooks say, numbers in prose what the results say."
     with copy_of_sources() as copy:
         status, _ = run("nbdev_export", cwd=copy)
         fresh, here = modules(copy / "ucdm"), modules(ROOT / "ucdm")
@@ -144,7 +144,8 @@ def export():
             print("\n".join(diff[:40]), "\nrun nbdev_export", sep="")
             status = 1
     readme, _ = run("ucdm-docs", "readme", "--check")
-    return status == readme == 0, f"{len(fresh)} modules, README"
+    numbers, _ = run("ucdm-docs", "numbers", "--check")
+    return status == readme == numbers == 0, f"{len(fresh)} modules, README, numbers in prose"
 
 
 def clean():

@@ -59,7 +59,7 @@ def test_other_methods_run(tmp_path, method):
     "Every method gives the three batch norm protocols, the two rules for \"other\", and the mean over the last epochs."
     settings = SMALL | dict(labels_per_class=None) if method == "supervised_all" else SMALL
     result = run(RunSpec(method=method, n_seeds=40, n_test=12, train=settings), tmp_path, progress=False)
-    assert list(result.protocols) == ["running", "group_pure", "mixed", "running+msp", "running+energy", "last_epochs"]
+    assert list(result.protocols) == ["running", "group_pure", "mixed", "running+msp", "running+energy", "last_epochs", "held_out"]
     assert result.metrics["unknown"] == result.metrics["new"] == 0
     assert result.seeds["labelled"] == (16 if method == "supervised_all" else 8)
     assert result.provenance["prior"] is None and len(result.epochs) == 4

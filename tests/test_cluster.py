@@ -141,7 +141,7 @@ def test_node_lost_while_running(cluster, tmp_path):
 
     Both results arrive, and are those of a single machine.
     """
-    specs = grid(replace(SPEC, train=SPEC.train | dict(epochs_per_round=60)), seed=[0, 1])
+    specs = grid(replace(SPEC, split_seed=0, train=SPEC.train | dict(epochs_per_round=60)), seed=[0, 1])
     count = lambda pattern: len(list(tmp_path.glob(pattern)))
     thread, killed = kill_one_when(cluster, lambda: count("partial/*.lock") == 2 and not count("runs/*.json"))
     there = run_many(specs, tmp_path, RayEngine(), progress=False)

@@ -1,7 +1,6 @@
 """Inputs that cannot be: each is refused before anything is computed, in one line that names the input and the remedy;
 commands end with status 2 and write nothing.
 """
-import json
 import os
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from ucdm.method.train_config import TrainConfig
 from ucdm.runs.identity import resolve, spec_hash
 from ucdm.runs.pools import fill_locally, pair_set
 from ucdm.runs.registry import get_method, METHODS
+from ucdm.runs.result import read_result
 from ucdm.runs.spec import grid, RunSpec
 
 INF, NAN = float("inf"), float("nan")
@@ -325,5 +325,5 @@ def test_committed_addresses():
     "Results that are there are found under the names they have."
     committed = Path(__file__).parent.parent / "outputs" / "committed" / "standard" / "results" / "runs"
     files = sorted(committed.glob("*.json"))[:20]
-    found = {f.stem: spec_hash(RunSpec(**json.loads(f.read_text(encoding="utf-8"))["spec"])) for f in files}
+    found = {f.stem: spec_hash(read_result(f).spec) for f in files}
     assert sum(name == now for name, now in found.items()) >= len(found) - 6

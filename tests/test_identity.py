@@ -2,6 +2,7 @@
 import functools
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,14 @@ from ucdm.core import source
 from ucdm.core.files import ASSETS
 from ucdm.data.datasets import load_dataset
 from ucdm.diffusion.prior import load_prior
+from ucdm.method.differences import REFERENCE
 from ucdm.method.generate import generate_pairs
 from ucdm.method.pairs import PairConfig
 from ucdm.runs import identity, pools
 from ucdm.runs.code import code_hash
 from ucdm.runs.identity import prior_identity, resolve, spec_hash
 from ucdm.runs.registry import METHODS, register_method
+from ucdm.runs.result import read_result
 from ucdm.runs.run import run
 from ucdm.runs.spec import RunSpec
 
@@ -108,9 +111,8 @@ def test_hub_commit(monkeypatch):
 def test_committed_results_keep_their_names():
     "The results of this repository are found under their specifications."
     files = sorted(Path(__file__).parent.parent.glob("outputs/committed/*/results/runs/*.json"))
-    runs = [json.loads(f.read_text(encoding="utf-8")) for f in files]
-    own = [r for r in runs if "/" not in r["spec"]["prior"]] # without generators that lie in a cache
-    assert len(own) > 200 and all(spec_hash(RunSpec(**r["spec"])) == r["hash"] for r in own)
+    own = [r for r in map(read_result, files) if "/" not in r.spec.prior] # without generators that lie in a cache
+    assert len(own) > 200 and all(spec_hash(r.spec) == r.hash for r in own)
 
 
 class Even:
@@ -151,3 +153,24 @@ def test_whatever_can_be_called_is_a_method(tmp_path, own_method):
             own_method(made)
             codes.append(run(OWN, tmp_path, fresh=True, progress=False).provenance["code"])
     assert len({*codes[:4]} & {*codes[4:]}) == 0
+
+
+def test_differences_that_came_later_leave_addresses_as_they_were():
+    "At its default a later difference is not part of what a run is called; switched, it is."
+    def parts(**differences): return resolve(RunSpec(differences=differences)).identity
+    later = dict(flip_once=("config", "pairs"), flip_seed_images=("pairs",))
+    for name, where in later.items():
+        plain, switched = parts(), parts(**{name: True})
+        assert not any(name in plain[part] for part in where)
+        assert all(switched[part][name] is True for part in where)
+    assert parts(sample_latents=True)["pairs"]["sample_latents"] is True
+
+
+def test_the_released_code_is_all_of_it():
+    "Every difference that the preset switches arrives in the settings of pairs or of the training."
+    r = resolve(RunSpec(differences=asdict(REFERENCE)))
+    arrived = asdict(r.config) | asdict(r.pairs)
+    switched = {k: v for k, v in asdict(REFERENCE).items() if k != "test_batch_norm"}
+    assert {"sample_latents", "flip_seed_images", "flip_once"} <= set(switched)
+    assert {k: arrived[k] for k in switched} == switched
+    assert arrived["label_batch_norm"] == "batch" and arrived["clean_level"] == "one"

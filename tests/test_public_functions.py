@@ -11,6 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from ucdm.baselines.generators_labels import check_same_images, merge_others
 from ucdm.baselines.semi_supervised import advice
 from ucdm.batch.cli import committed_folder, show_list
 from ucdm.batch.comparison import Difference, without_times
@@ -27,13 +28,16 @@ from ucdm.data.paper_classes import table_classes
 from ucdm.data.splits import consecutive
 from ucdm.dev.docs import broken_links
 from ucdm.dev.pages import readme_text
+from ucdm.evaluation.judge import load_judge
 from ucdm.evaluation.metrics import evaluate, evaluate_with_curves
 from ucdm.method.classifier import check_images
 from ucdm.method.pair_store import PairStore
 from ucdm.method.store_commands import app
 from ucdm.report.claims import Check, conclude
+from ucdm.report.comparisons import method_specs, rivals_of
+from ucdm.report.settings_note import labels_behind
 from ucdm.report.tables import best_two
-from ucdm.runs.identity import is_packaged, Resolved, resolve, spec_hash
+from ucdm.runs.identity import is_packaged, Resolved, resolve, spec_hash, training_record
 from ucdm.runs.pools import fill_pools, fill_with, pool_folder, pool_folders, read_pairs, run_data
 from ucdm.runs.registry import PROBLEMS, register_problem
 from ucdm.runs.result import read_result, RunResult, write_result
@@ -272,7 +276,9 @@ def test_pools_are_filled_once(tmp_path):
 @pytest.mark.parametrize("change, kinds", [
     (dict(pairs=dict(steps=3)), {"positive", "negative"}),
     (dict(pairs=dict(steps=2, guidance=2.0)), {"positive"}),
-    (dict(seed=1), set()),
+    (dict(seed=1), {"positive", "negative"}),
+    (dict(seed=1, split_seed=0), set()),
+    (dict(seed=1, n_pool=600), set()),
     (dict(train=dict(rounds=1)), set()),
     (dict(prior="elsewhere"), {"positive", "negative"}),
 ])
@@ -302,7 +308,7 @@ def test_conclude(tmp_path, monkeypatch):
     conclude("table_02", "Table 2", checks, tmp_path, dict(gap=1.0), ["a.png"], ["a.csv"], [one, one])
     held = json.loads((tmp_path / "results" / "table_02.json").read_text(encoding="utf-8"))
     assert held["runs"] == [one.hash] and held["run_seconds"] == 3.5 and held["stale"] == 1
-    assert [c["holds"] for c in held["checks"]] == [True, None] and held["numbers"] == dict(gap=1.0)
+    assert [c["outcome"] for c in held["checks"]] == ["holds", None] and held["numbers"] == dict(gap=1.0)
     assert read_result(tmp_path / "results" / "runs" / f"{one.hash}.json", SPEC).protocols["running"]["balance"] == 50
     assert not (tmp_path / "cache" / "done").exists()
     monkeypatch.setenv("UCDM_NOTEBOOK_KEY", "k")
@@ -410,3 +416,47 @@ def test_fingerprints_tell_images_apart():
     others = [ImageSet(i, whole.labels[:len(i)], ("a", "b"), "x") for i in (changed, images.flip(0), images[:3])]
     hashes = [s.unlabelled().fingerprint for s in (whole, *others)]
     assert len({*hashes}) == 4 and whole.unlabelled().fingerprint == whole.unlabelled().fingerprint
+
+
+def test_labels_behind_a_generator(tmp_path):
+    "A generator says how many labelled images it learnt from; the classifier of the same images must agree."
+    assert training_record(str(tmp_path)) == {} and labels_behind(RunSpec(prior=str(tmp_path))) == ""
+    (tmp_path / "training.json").write_text('{"n_images": 9, "classes": ["T-shirt", "bag"]}', encoding="utf-8")
+    some = RunSpec(prior=str(tmp_path), class_split="2/4/2")
+    assert labels_behind(some).startswith("9 labelled images of 2 classes, ")
+    judge = SimpleNamespace(record=dict(n_images=9), classes=("T-shirt", "bag"))
+    check_same_images(judge, str(tmp_path))
+    judge.record["n_images"] = 10
+    with pytest.raises(ValueError, match="its n_images are 10, the generator's 9"):
+        check_same_images(judge, str(tmp_path))
+    with pytest.raises(ValueError, match="no classifier of the labelled images"):
+        resolve(RunSpec(method="generators_labels", prior="owner/model"))
+    with pytest.raises(ValueError, match="no classifier of the labelled images"):
+        resolve(RunSpec(method="generators_labels", train=dict(judge=str(tmp_path))))
+    specs, left_out = method_specs(some, ["generators_labels"], {})
+    assert not specs and "needs a classifier" in left_out["generators_labels"]
+
+
+def test_generators_labels_are_no_rival():
+    assert rivals_of(["ucdm", "supervised", "generators_labels"]) == ["supervised"]
+    logits = torch.tensor([[0.0, 3.0, 0.0]])
+    merged = merge_others(logits, [2])
+    assert torch.allclose(merged[:, 0], logits.softmax(1)[:, 2]) and torch.allclose(merged.sum(1), torch.ones(1))
+
+
+def test_a_run_of_the_generators_labels(tmp_path):
+    "No pairs, no labels of the unlabelled set, no training; another classifier is another result."
+    spec = RunSpec(method="generators_labels", n_seeds=30, n_test=12)
+    result = run(spec, tmp_path, progress=False)
+    assert set(result.protocols) == {"running", "running+msp", "running+energy"}
+    assert not any((tmp_path / "pairs").iterdir())
+    assert result.seeds["labelled"] == 0 and result.metrics["balance"] > 50
+    folder = tmp_path / "judge"
+    judge = load_judge("fashion-mnist")
+    judge.save(folder)
+    assert spec_hash(spec) != spec_hash(replace(spec, train=dict(judge=str(folder))))
+    changed = spec_hash(replace(spec, train=dict(judge=str(folder))))
+    with torch.no_grad(): judge.model.closed_head.bias += 1
+    judge.save(folder)
+    assert spec_hash(replace(spec, train=dict(judge=str(folder)))) != changed
+    assert own_evaluations(resolve(spec), 10, 2) == 0

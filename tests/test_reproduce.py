@@ -355,8 +355,8 @@ def test_profiles_fit(profile):
 
 
 def test_plan_of_the_paper(tmp_path):
-    """Table 3 without any data set on disk: nothing is downloaded or written, and the pairs are those of 40,000 seeds
-    and 20 classes.
+    """Table 3 without any data set on disk: nothing is downloaded or written, and the pairs are those of three draws of
+    40,000 seeds and 20 classes.
 
     Table 11, which has no runs, is rehearsed too.
     """
@@ -386,8 +386,8 @@ def test_plan_of_the_paper(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert (
-        "1,600,000 to generate" in done.stdout
-        and "64,000,000 of them for pairs" in done.stdout
+        "4,800,000 to generate" in done.stdout
+        and "192,000,000 of them for pairs" in done.stdout
         and "without reading any: cifar100" in done.stdout
         and "would fail" not in done.stdout
     )

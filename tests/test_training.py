@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from processes import finish, read_until
 
-from ucdm.core.tensor_files import read_tensors
+from ucdm.core.tensor_files import read_tensors, write_tensors
 from ucdm.method.classifier import UCDM
 from ucdm.method.train_config import TrainConfig
 from ucdm.method.training import train_ucdm
@@ -215,3 +216,37 @@ def test_compile_without_a_compiler(tmp_path):
     }
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_resumed_with_batch_norm_learning_until_real_images_come(tmp_path):
+    "Stopped right after the first labels, or later: scale and shift are frozen as in the run that was left alone."
+    config = replace(CONFIG, bn_affine_steps="generated")
+    alone = train(None, config=config)
+    for at in ((0, 1), (1, 1)):
+        Stop, callback = stop_after(*at)
+        with pytest.raises(Stop): train(tmp_path / f"{at}", callback, config)
+        resumed = train(tmp_path / f"{at}", config=config)
+        assert all(map(torch.equal, alone.model.state_dict().values(), resumed.model.state_dict().values()))
+    assert not alone.model.bn.weight.requires_grad
+
+
+def test_a_checkpoint_from_before_a_setting(tmp_path):
+    "A setting that came later counts as what the code did without it."
+    path = tmp_path / "run"
+    stopped_run(path)
+    tensors, meta = read_tensors(path)
+    del meta["config"]["flip_once"]
+    write_tensors(path, tensors, meta)
+    train(path)
+    with pytest.raises(ValueError, match="flip_once was False, is True"): train(path, config=replace(CONFIG, flip_once=True))
+
+
+def test_a_freeze_that_never_comes_is_said(tmp_path):
+    "Once, at the end; not where learning throughout was asked for."
+    late, throughout = (replace(CONFIG, rounds=1, bn_affine_steps=n) for n in (100, 10**9))
+    with pytest.warns(UserWarning, match="learnt throughout.*bn_affine_steps=100") as caught: train(None, config=late)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(None, config=throughout)
+        train(None, config=CONFIG)

@@ -173,10 +173,11 @@ def _links(
     return [(label, quote(path)) for label, path in links] # a file's name may look like a program or an anchor
 
 # %% ../../nbs/batch/06_page.ipynb #d5a97e8c
-_BADGES = {"holds": "holds", "partly": "partly"} | dict.fromkeys(
+_BADGES = {"holds": "holds", "partly": "partly", "hint": "hint", "not shown": "untested"} | dict.fromkeys(
     ("does not hold", "failed", "timed out", "interrupted"), "no"
 )
-_VERDICTS = {"holds": "holds at this scale", "partly": "holds partly", "does not hold": "does not hold at this scale"}
+_VERDICTS = {"holds": "holds at this scale", "partly": "holds partly", "hint": "a hint at this scale",
+             "not shown": "not shown at this scale", "does not hold": "does not hold at this scale"}
 
 def _number(v) -> str: # as the page shows it
     if not isinstance(v, float): return str(v)
@@ -190,6 +191,13 @@ def _duration(entry: dict, result: dict) -> str:
     return f"notebook {human_time(entry['seconds'])}{runs}"
 
 # %% ../../nbs/batch/06_page.ipynb #0a16b889
+def _part(stored: dict) -> dict: # outcome in words, badge, claim, evidence
+    "What the page shows of a part of a claim."
+    from ucdm.report.claims import stored_outcome
+    outcome = stored_outcome(stored)
+    return stored | dict(outcome=outcome[0].upper() + outcome[1:], badge=_BADGES.get(outcome, "untested"))
+
+
 def _item(out: Path, name: str, entry: dict, result: dict, source: str | None) -> dict:
     "What the page shows of a notebook."
     is_done = entry["status"] == "done"
@@ -205,7 +213,7 @@ def _item(out: Path, name: str, entry: dict, result: dict, source: str | None) -
         claim=entry["claim"] or result.get("claim", ""),
         thumb=thumbnail(out / figures[0]) if figures else "",
         numbers={k: _number(v) for k, v in result.get("numbers", {}).items()},
-        checks=result.get("checks", []) if is_done else [],
+        checks=[_part(c) for c in result.get("checks", [])] if is_done else [],
         stale=result.get("stale", 0) if is_done else 0,
         runs=result.get("runs", []),
         time=_duration(entry, result),
@@ -223,7 +231,8 @@ def _facts_shown(where: dict, invocations: list[dict], items: list[dict], entrie
     known = invocations or [where]
     devices = dict.fromkeys(i["device"] for i in invocations if "device" in i)
     shown = {
-        "claims": f"{count('holds')} hold, {count('partly')} hold partly, {count('no')} do not",
+        "claims": f"{count('holds')} hold, {count('partly')} hold partly, of {count('hint')} there is a hint, "
+                  f"{count('no')} do not hold",
         "commit": _commits(known),
         "device": ", ".join(devices) or where["device"],
         "torch": where["packages"]["torch"],

@@ -54,7 +54,8 @@ class Pool:
         return self.missing - before[0], self.evaluations - before[1]
 
 # %% ../../nbs/batch/10_planning.ipynb #063031a4
-def _asks_generator(r: Resolved) -> bool: return r.method.uses_prior and not r.method.uses_pairs
+def _asks_generator(r: Resolved) -> bool: # whether it classifies with the generator itself, draw by draw
+    return r.method.uses_prior and hasattr(r.config, "draws")
 
 def own_evaluations(r: Resolved, n_test: int, n_known: int) -> int:
     "Network evaluations of a run beside its pairs: those of a method that classifies with the generator."

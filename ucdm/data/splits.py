@@ -201,10 +201,16 @@ def _rows(images: ImageSet, ids: tuple[int, ...]) -> np.ndarray: # int64, ascend
     return np.flatnonzero(np.isin(images.labels.numpy(), ids))
 
 # %% ../../nbs/data/07_splits.ipynb #82d5d658
-def _draw_seeds(train: ImageSet, classes: ClassSplit, mismatch: float, seed: int, n_seeds: int | None) -> Tensor:
+def _draw_seeds(train: ImageSet, classes: ClassSplit, mismatch: float, seed: int, n_seeds: int | None,
+                n_pool: int | None = None, # images that are drawn from; None: all
+               ) -> Tensor:
     "Rows of the training images that make up the unlabelled set, shuffled."
-    rng = _stream(seed, train.name, str(classes))
-    known, unknown = (rng.permutation(_rows(train, ids)) for ids in (classes.known, classes.unknown))
+    def permuted(seed, *rows): return (rng := _stream(seed, train.name, str(classes))), [rng.permutation(r) for r in rows]
+    rows = [_rows(train, ids) for ids in (classes.known, classes.unknown)]
+    if n_pool:
+        counts = unlabelled_set_counts(*map(len, rows), mismatch, n_pool)
+        rows = [np.sort(r[:n]) for r, n in zip(permuted(0, *rows)[1], counts)]
+    rng, (known, unknown) = permuted(seed, *rows)
     n_known, n_unknown = unlabelled_set_counts(len(known), len(unknown), mismatch, n_seeds)
     return torch.from_numpy(rng.permutation(np.concatenate([known[:n_known], unknown[:n_unknown]])))
 
@@ -248,6 +254,7 @@ def cdm_split(dataset: str | tuple[ImageSet, ImageSet], # name of a data set, or
               class_split: str | ClassSplit | None = None, # a name such as "2/6/2"; None takes the data set's default
               n_seeds: int | None = None, # cap on the number of seed images; the proportion is kept
               n_test: int | None = None, # cap on each test group
+              n_pool: int | None = None, # seed images are drawn from so many of the training images; None: from all
               root: str | None = None, # local copy of the data set
              ) -> CDMSplit:
     """The unlabelled set and the test groups of section 4.1 and Tables 11-15.
@@ -258,7 +265,8 @@ def cdm_split(dataset: str | tuple[ImageSet, ImageSet], # name of a data set, or
     classes = _resolve(train.name, class_split)
     check_fit(classes, train, test)
     checked(n_test, Annotated[int, Ge(1)] | None, "n_test")
-    seed_index = _draw_seeds(train, classes, mismatch, seed, n_seeds)
+    checked(n_pool, Annotated[int, Ge(n_seeds or 1)] | None, "n_pool")
+    seed_index = _draw_seeds(train, classes, mismatch, seed, n_seeds, n_pool)
     test_index = _draw_test(test, classes, seed, n_test, train.name)
 
     drawn = seed_index.tolist(), [test_index[g].tolist() for g in GROUPS]

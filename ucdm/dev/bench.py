@@ -51,10 +51,8 @@ def plain_pairs(
         prior.device
     )
     cond, uncond = prior.embed([config.template.format(n) for n in names]), prior.embed([""] * len(names))
-    up, down = (
-        kind.from_config(prior.pipe.scheduler.config, clip_sample=False)
-        for kind in (DDIMInverseScheduler, DDIMScheduler)
-    )
+    own = dict(clip_sample=False, set_alpha_to_one=config.clean_level == "one")
+    up, down = (kind.from_config(prior.pipe.scheduler.config, **own) for kind in (DDIMInverseScheduler, DDIMScheduler))
     up.set_timesteps(config.steps); down.set_timesteps(config.steps)
     x_0 = prior.encode(images)
     negative = x_0

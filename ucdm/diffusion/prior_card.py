@@ -104,8 +104,10 @@ def write_card(folder: Path, # pipeline folder with training.json
     fig = loss_figure(record); fig.savefig(folder / "loss.png", dpi=80); plt.close(fig)
     save_image(sample_images(prior, tuple(record["classes"])) / 255, folder / "samples.png", nrow=10)
     rows = "\n".join(f"| {k} | {v} |" for k, v in _facts(record, about).items())
-    word, checks = {True: "Reached", False: "Missed", None: "Not tested"}, quality["checks"] if quality else []
-    goals = "\n".join(f"- {c['claim']} {word[c['holds']]}: {c['evidence']}" for c in checks)
+    word = {"holds": "Reached", "does not hold": "Missed", None: "Not tested"}
+    said = [(c["claim"], word.get(c["outcome"], c["outcome"].capitalize()), c["evidence"]) for c in
+            (quality["checks"] if quality else [])]
+    goals = "\n".join(f"- {claim} {outcome}: {evidence}" for claim, outcome, evidence in said)
     text = f"""# Mini prior: {record['dataset']}
 
 A small text-to-image diffusion pipeline (`diffusers.StableDiffusionPipeline`, half precision), \

@@ -84,28 +84,32 @@ def inference_timesteps(schedule: Schedule, steps: int) -> list[int]: # ascendin
     return [i * ratio + schedule.steps_offset for i in range(steps)]
 
 # %% ../../nbs/diffusion/01_schedule.ipynb #9e8468f1
-def matched_grid(schedule: Schedule, steps: int) -> Grid:
+def matched_grid(schedule: Schedule, steps: int,
+                 clean: float | None = None, # level of the clean image; None: the schedule's
+                ) -> Grid:
     "One grid for both directions, as Theorems 3.1 and 3.2 assume: clean image, then the inference time steps."
     t = inference_timesteps(schedule, steps)
-    return Grid((0, *t), (schedule.clean_alpha_bar, *schedule.alpha_bar[t].tolist()))
+    return Grid((0, *t), (schedule.clean_alpha_bar if clean is None else clean, *schedule.alpha_bar[t].tolist()))
 
 # %% ../../nbs/diffusion/01_schedule.ipynb #aba46eac
-def reference_grids(schedule: Schedule, steps: int) -> tuple[Grid, Grid]: # inversion grid, sampling grid
+def reference_grids(schedule: Schedule, steps: int, clean: float | None = None,
+                   ) -> tuple[Grid, Grid]: # inversion grid, sampling grid
     "The grids of the paper's released code: off by one step at the top."
     t = inference_timesteps(schedule, steps)
     up = (*t, min(len(schedule) - 2, t[-1] + len(schedule) // steps))
-    return Grid(up, tuple(schedule.alpha_bar[list(up)].tolist())), matched_grid(schedule, steps)
+    return Grid(up, tuple(schedule.alpha_bar[list(up)].tolist())), matched_grid(schedule, steps, clean)
 
 # %% ../../nbs/diffusion/01_schedule.ipynb #f5c168c1
 def grid_pair(
     schedule: Schedule,
     steps: int,
     kind: str = "matched", # "matched" (paper) or "reference" (released code)
+    clean: float | None = None, # level of the clean image; None: the schedule's
 ) -> tuple[Grid, Grid]: # inversion grid, sampling grid
     "The grids of inversion and of sampling. ValueError for an unknown kind."
-    if kind == "reference": return reference_grids(schedule, steps)
+    if kind == "reference": return reference_grids(schedule, steps, clean)
     if kind != "matched": raise ValueError(f"grid={kind!r} is unknown; choose 'matched' or 'reference'.")
-    return (grid := matched_grid(schedule, steps)), grid
+    return (grid := matched_grid(schedule, steps, clean)), grid
 
 # %% ../../nbs/diffusion/01_schedule.ipynb #a5131581
 def psi(ab_t: float, # level of x_t

@@ -31,10 +31,14 @@ class Judge:
         self.model, self.classes, self.record = model.eval(), tuple(classes), record
 
     @torch.inference_mode()
+    def logits(self, images: Tensor) -> Tensor: # uint8 [N, 3, 32, 32] -> float32 [N, n_classes], on the CPU
+        "Class scores before the softmax."
+        device = next(self.model.parameters()).device
+        return torch.cat([self.model(normalise(b.to(device)))[0].float().cpu() for b in images.split(256)])
+
     def probs(self, images: Tensor) -> Tensor: # uint8 [N, 3, 32, 32] -> float32 [N, n_classes]
         "Class probabilities."
-        device = next(self.model.parameters()).device
-        return torch.cat([self.model(normalise(b.to(device)))[0].float().softmax(-1).cpu() for b in images.split(256)])
+        return self.logits(images).softmax(-1)
 
 # %% ../../nbs/evaluation/02_judge.ipynb #5bd3b070
 @patch

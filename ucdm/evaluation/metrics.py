@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'CURVE_POINTS', 'BATCH_NORM_PROTOCOLS', 'accuracy', 'closed_accuracy', 'open_accuracies', 'balance_score',
-           'auroc_known_vs_other', 'oscr_curve', 'oscr', 'ece', 'curves', 'evaluate_with_curves', 'evaluate']
+           'log_odds', 'auroc_known_vs_other', 'oscr_curve', 'oscr', 'ece', 'curves', 'evaluate_with_curves',
+           'evaluate']
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #82eb7cb7
 import math, statistics
@@ -47,6 +48,13 @@ def balance_score(known: float, # accuracies, in percent
     a = (known, unknown, new)
     return math.nan if any(map(math.isnan, a)) else statistics.mean(a) - statistics.stdev(a)
 
+# %% ../../nbs/evaluation/01_metrics.ipynb #a12a0001
+def log_odds(open_probs: Tensor, # probabilities over K + 1 answers [N, K + 1]
+            ) -> Tensor: # float64 [N]
+    "How much likelier \"other\" is than any known class, as a logarithm."
+    p, least = open_probs.double(), torch.finfo(torch.double).tiny
+    return p[:, -1].clamp(min=least).log() - p[:, :-1].sum(1).clamp(min=least).log()
+
 # %% ../../nbs/evaluation/01_metrics.ipynb #3afedf6c
 def auroc_known_vs_other(open_probs: Tensor, # probabilities over K + 1 answers [N, K + 1]
                          labels: Tensor, # right answers, K is "other" [N]
@@ -57,7 +65,8 @@ def auroc_known_vs_other(open_probs: Tensor, # probabilities over K + 1 answers 
     from torchmetrics.functional.classification import binary_auroc # takes seconds
     is_other = (labels == open_probs.shape[1] - 1).long()
     if is_other.min() == is_other.max(): return math.nan
-    return binary_auroc(open_probs[:, -1].clamp(0, 1), is_other).item() * 100
+    score = log_odds(open_probs).unique(return_inverse=True)[1] # ranks; torchmetrics would squash other scores
+    return binary_auroc(score / len(score), is_other).item() * 100
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #153c2164
 def oscr_curve(open_probs: Tensor, # probabilities over K + 1 answers [N, K + 1]
@@ -180,7 +189,7 @@ def evaluate_with_curves(
         raise ValueError(f"test groups lack {', '.join(missing)}: evaluate needs known, unknown and new")
     images, labels = ({g: groups[g][i] for g in GROUPS} for i in (0, 1))
     predictions = _predict_groups(predict, images, batch_norm, seed)
-    closed, open_probs = ({g: predictions[g][i].detach().float().cpu() for g in GROUPS} for i in (0, 1))
+    closed, open_probs = ({g: predictions[g][i].detach().cpu().double() for g in GROUPS} for i in (0, 1))
     labels = {g: labels[g].cpu() for g in GROUPS}
     _check(closed, open_probs, labels)
     together = _all(open_probs, labels)

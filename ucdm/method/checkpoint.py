@@ -8,14 +8,14 @@ __all__ = ['MAY_CHANGE', 'data_fingerprint', 'optimizer_tensors', 'restore_optim
 # %% ../../nbs/method/19_checkpoint.ipynb #e43bca65
 import hashlib, json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..core.tensor_files import read_tensors, write_tensors
-from .batch_norm import freeze_batch_norm
+from .batch_norm import affine_frozen, freeze_batch_norm
 from .classifier import _from_parts
 from .train_config import TrainConfig
 from .train_state import new_state, TrainData, TrainState
@@ -69,7 +69,8 @@ def _check_run(path, meta, config, fingerprint) -> dict[str, list]: # setting ->
     if "step" not in meta:
         raise ValueError(f"{path} holds a classifier but no checkpoint of a run: give another file name")
     if meta["data"] != fingerprint: raise ValueError(f"{path} is the checkpoint of a run on other images: {anew}")
-    old, new = meta["config"], asdict(config)
+    later = {f.name: f.metadata["before"] for f in fields(config) if "before" in f.metadata} # than the file, maybe
+    old, new = later | meta["config"], asdict(config)
     changed = {k: [old.get(k), v] for k, v in new.items() if old.get(k) != v}
     if other := [f"{k} was {o!r}, is {n!r}" for k, (o, n) in changed.items() if k not in MAY_CHANGE]:
         raise ValueError(f"{path} is the checkpoint of a run with other settings ({'; '.join(other)}): {anew}")
@@ -94,5 +95,5 @@ def load_checkpoint(path: str|Path, # file to read
     state.step, state.round, state.epoch = (meta[k] for k in ("step", "round", "epoch"))
     moments = {k.removeprefix("adam/"): t for k, t in tensors.items() if k.startswith("adam/")}
     restore_optimizer(state.optimizer, moments)
-    if state.step >= config.bn_affine_steps: freeze_batch_norm(u.model)
+    if affine_frozen(config.bn_affine_steps, state.step, bool((u.pseudo_labels < 0).all())): freeze_batch_norm(u.model)
     return state

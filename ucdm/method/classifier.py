@@ -74,15 +74,16 @@ def heads(self: UCDM,
           images: Tensor, # uint8 [N, 3, H, W]
           batch_norm: str="running", # "running", or "batch": the statistics of each batch of `config.batch_size`
           batch_size: int=256, # images a pass with running statistics
-         ) -> tuple[Tensor, Tensor]: # closed_probs [N, K]; open_probs [N, 2, K], row 0 = p(j|x); float32 on the CPU
+         ) -> tuple[Tensor, Tensor]: # closed_probs [N, K]; open_probs [N, 2, K], row 0 = p(j|x); float64 on the CPU
     "Probabilities of both heads."
     check_images(images)
     size = batch_size if batch_norm == "running" else self.config.batch_size
-    closed, open_logits = [torch.zeros(0, self.n_known)], [torch.zeros(0, 2, self.n_known)]
+    empty = (torch.zeros(0, *n, dtype=torch.double) for n in ((self.n_known,), (2, self.n_known)))
+    closed, open_logits = ([e] for e in empty)
     with batch_norm_mode(self.model, batch_norm), self.autocast():
         for x in images.split(size) if len(images) else []:
             for out, t in zip((closed, open_logits), self.model(normalise(x.to(self.device)))):
-                out.append(t.float().cpu())
+                out.append(t.cpu().double()) # so that 1 - p is not rounded to 0 where the network is sure
     return torch.cat(closed).softmax(1), torch.cat(open_logits).softmax(1)
 
 # %% ../../nbs/method/16_classifier.ipynb #dda5f9a7
@@ -90,7 +91,7 @@ def heads(self: UCDM,
 def predict(self: UCDM,
             images: Tensor, # uint8 [N, 3, H, W]
             batch_norm: str="running", # "running", or "batch": the statistics of each batch of `config.batch_size`
-           ) -> tuple[Tensor, Tensor]: # closed [N, K] and open [N, K + 1] (Eq. 10), float32 probabilities
+           ) -> tuple[Tensor, Tensor]: # closed [N, K] and open [N, K + 1] (Eq. 10), float64 probabilities
     "Closed-set and open-set prediction."
     closed_probs, open_probs = self.heads(images, batch_norm)
     return closed_probs, other_driven(closed_probs, open_probs)

@@ -35,7 +35,7 @@ from ..diffusion.schedule import grid_pair
 from .batch_size import find_batch_size
 from .pair_latents import generate_batch
 from .pair_store import PairSet, PairStore
-from .pairs import KINDS, PairConfig, PRESETS, source_image
+from .pairs import flip_items, KINDS, PairConfig, PRESETS, source_image
 
 # %% ../../nbs/method/09_generate.ipynb #46408c7f
 COMPILE_FROM = 60_000 # network evaluations from which compiling pays
@@ -88,6 +88,16 @@ def pair_stores(folders: dict[str, Path], # kind -> its folder
     shared = dict(classes=list(classes), prior=prior, data=data, code=source_hash(MAKES_PAIRS))
     return {k: PairStore(f, dict(kind=k, **shared, **config.deciding(k), **mixed)) for k, f in folders.items()}
 
+# %% ../../nbs/method/09_generate.ipynb #b6b29fc1
+def _as_stored(images: Tensor, # uint8 [n * K, 3, H, W], image by image, class by class
+               kind: str, ids: Sequence[int], classes: Sequence[str], config: PairConfig,
+              ) -> Tensor: # uint8 [n, K, 3, H, W]
+    "Generated images of a shard as the store gets them."
+    if config.flip_once:
+        each, names = [i for i in ids for _ in classes], list(classes) * len(ids)
+        images = flip_items(config, images, each, names, f"flip stored {kind}")
+    return images.unflatten(0, (len(ids), len(classes)))
+
 # %% ../../nbs/method/09_generate.ipynb #c8a1a376
 def _own_shards(
     prior, seeds, ids, classes, config, todo, batch_size, progress, overlap
@@ -105,7 +115,7 @@ def _own_shards(
         return torch.cat([x for x, _ in pictures(lambda z: prior.decode(z, seeds.images.shape[-2:]), latents)])
     def shard(rows, kinds, batches):
         made = {kind: torch.cat([batch() for batch in latents]) for kind, latents in zip(kinds, zip(*batches))}
-        return rows, {kind: images.unflatten(0, (len(rows), K)) for kind, images in made.items()}
+        return rows, {kind: _as_stored(x, kind, [ids[n] for n in rows], classes, config) for kind, x in made.items()}
 
     bar = tqdm(total=total, desc="pairs", unit="pair", disable=not progress or not total, mininterval=1, smoothing=0.1)
     with ThreadPoolExecutor(1) if overlap else nullcontext() as pool, bar:

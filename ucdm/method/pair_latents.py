@@ -15,7 +15,7 @@ from ..core.randomness import item_noise
 from ..diffusion.inversion import invert, NoisePredictor, reverse
 from ..diffusion.prior import Prior
 from ..diffusion.schedule import add_noise, Grid, grid_pair, guided
-from .pairs import item_prompt, KINDS, PairConfig
+from .pairs import flip_items, item_prompt, KINDS, PairConfig
 
 # %% ../../nbs/method/07_pair_latents.ipynb #60bcafad
 def predictor(prior: Prior, prompts: Sequence[str], # one an item
@@ -38,6 +38,7 @@ def pair_noise(prior: Prior, config: PairConfig, ids: Sequence[int], names: Sequ
 def _prompts(config, ids, names) -> list[str]: return [item_prompt(config, i, n) for i, n in zip(ids, names)]
 
 def _encode(prior, images, ids, names, config) -> Tensor: # latents, float32 [B, *latent_shape]
+    if config.flip_seed_images: images = flip_items(config, images, ids, [""] * len(ids), "flip seed image")
     return prior.encode(images, pair_noise(prior, config, ids, names, "encode")[0] if config.sample_latents else None)
 
 # %% ../../nbs/method/07_pair_latents.ipynb #225bd20f
@@ -46,7 +47,8 @@ def _grids(kind, prior, config, top) -> Iterator[Grid]: # for inversion, for sam
     if top is not None and not 1 <= top <= config.steps:
         raise ValueError(f"top={top} must be a step of the inversion, 1 to {config.steps}.")
     n = (top or config.steps) + 1
-    return (Grid(g.timesteps[:n], g.alpha_bar[:n]) for g in grid_pair(prior.schedule, config.steps, config.grid))
+    grids = grid_pair(prior.schedule, config.steps, config.grid, config.clean)
+    return (Grid(g.timesteps[:n], g.alpha_bar[:n]) for g in grids)
 
 # %% ../../nbs/method/07_pair_latents.ipynb #1b100e3d
 def _start(kind, prior, x_0, ids, names, config, prompts, up, down) -> Tensor: # float32 [B, *latent_shape]
@@ -134,7 +136,7 @@ def generate_batch(prior: Prior, images: Tensor, # uint8 [B, 3, H, W], the seed 
                    kinds: Sequence[str] = KINDS, # what to make
                   ) -> list[Tensor]: # latents, float32 [B, *latent_shape], one entry a kind
     "Positives (Eq. 1, then Eq. 2) and negatives (Eq. 6, then Eq. 8) in latent space."
-    up, down = grid_pair(prior.schedule, config.steps, config.grid)
+    up, down = grid_pair(prior.schedule, config.steps, config.grid, config.clean)
     x_0, prompts = _encode(prior, images, ids, names, config), _prompts(config, ids, names)
     x_T = torch.cat([_start(kind, prior, x_0, ids, names, config, prompts, up, down) for kind in kinds])
     eta = torch.tensor([getattr(config, f"eta_{kind}") for kind in kinds]).repeat_interleave(len(ids))

@@ -7,16 +7,16 @@ __all__ = ['PRECISIONS', 'BN_STATISTICS', 'Weight', 'TrainConfig']
 
 # %% ../../nbs/method/14_train_config.ipynb #f4e41ded
 import math
-from dataclasses import fields, replace
+from dataclasses import field, fields, replace
 from typing import Annotated, Literal
 
 import torch
-from annotated_types import Ge, Interval
+from annotated_types import Interval
 from fastcore.basics import patch
 
 from ..core.checked import Count, Seed, settings
 from .batch_norm import BATCH_NORM
-from .differences import Differences
+from .differences import AffineSteps, Differences
 from .two_head_wideresnet import Depth, Width
 
 # %% ../../nbs/method/14_train_config.ipynb #6338865e
@@ -36,8 +36,11 @@ class TrainConfig:
     lambda2: Weight=2. # weight of Eq. 14 and 15; `ucdm.method.losses.LAMBDA_2` has it for every data set
     delta: Annotated[float, Interval(ge=0, le=1)]=0.98 # confidence for a pseudo-label
     flip: bool=True # flip each image of a batch left-right with probability 1/2
-    # iterations after which batch norm's scale and shift stop learning (reference code: 1)
-    bn_affine_steps: Annotated[int, Ge(0)]=100
+    # not the generated ones, which were flipped or not when they were stored (reference code: True)
+    flip_once: bool=field(default=False, metadata=dict(before=False))
+    # iterations after which batch norm's scale and shift stop learning (reference code: 1); "generated": they learn as
+    # long as no real image takes part (App. B.6)
+    bn_affine_steps: AffineSteps=100
     # no more "other" pseudo-labels a round than of the most frequent known class (reference code: True)
     cap_other: bool=False
     strict_threshold: bool=False # confidence above delta, rather than at least delta (reference code: True)

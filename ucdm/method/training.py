@@ -6,7 +6,7 @@
 __all__ = ['CHECK_EVERY', 'train_step', 'train_epoch', 'refresh_batch_norm', 'label_round', 'train_ucdm', 'training_rate']
 
 # %% ../../nbs/method/20_training.ipynb #10205cbb
-import time
+import time, warnings
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..core.device import default_device
 from ..core.randomness import generator
-from .batch_norm import freeze_batch_norm, refresh_running_statistics
+from .batch_norm import affine_frozen, freeze_batch_norm, refresh_running_statistics, THROUGHOUT
 from .batches import epoch_iterations, forward_pairs, pair_batch, PairBatch, SETS
 from .checkpoint import data_fingerprint, load_checkpoint, save_checkpoint
 from .classifier import check_images, UCDM
@@ -34,8 +34,9 @@ def train_step(state: TrainState, # changed in place
               ) -> dict[str, LossTerms]: # the loss of each set, before the step
     "One iteration of Algorithm 2 (Eq. 12)."
     u, c = state.ucdm, state.ucdm.config
-    if state.step == c.bn_affine_steps: freeze_batch_norm(u.model)
-    with u.autocast(): logits = forward_pairs(state.net, batches, flip, c.separate_forward)
+    done = affine_frozen(c.bn_affine_steps, state.step, set(batches) == {"generated"})
+    if done and u.model.bn.weight.requires_grad: freeze_batch_norm(u.model)
+    with u.autocast(): logits = forward_pairs(state.net, batches, flip, c.separate_forward, c.flip_once)
     terms = {kind: pair_loss(*logits[kind], b.y, b.y, c.lambda1, c.lambda2) for kind, b in batches.items()}
     total_loss(*terms.values()).total.backward()
     state.optimizer.step()
@@ -184,6 +185,14 @@ def _remedy(checkpoint, config) -> str:
     precise = ' or precision="float32"' if config.precision != "float32" else ""
     return f"{again}, with a learning rate below {config.lr:g}{precise}"
 
+# %% ../../nbs/method/20_training.ipynb #b6e51012
+def _warn_if_never_frozen(state):
+    "A warning if a training ended before `bn_affine_steps`, unless that stands for all iterations."
+    steps = state.ucdm.config.bn_affine_steps
+    if not state.ucdm.model.bn.weight.requires_grad or steps != "generated" and steps >= THROUGHOUT: return
+    why = "no real image took part" if steps == "generated" else f"it has no more than {steps} iterations"
+    warnings.warn(f"batch norm's scale and shift were learnt throughout this training: {why} (bn_affine_steps={steps!r}).")
+
 # %% ../../nbs/method/20_training.ipynb #52579a82
 def train_ucdm(seeds: Tensor, # unlabelled real images, uint8 [N, 3, 32, 32]
                pairs: PairSet, # positives and negatives uint8 [N, K, 3, 32, 32], names of the K classes
@@ -210,6 +219,7 @@ def train_ucdm(seeds: Tensor, # unlabelled real images, uint8 [N, 3, 32, 32]
     else: state = new_state(UCDM(pairs.classes, config, len(seeds), device))
     try: _run(state, data, checkpoint, fingerprint, callback, progress, checkpoint_every)
     except FloatingPointError as e: raise FloatingPointError(f"{e}. {_remedy(checkpoint, config)}") from None
+    _warn_if_never_frozen(state)
     state.ucdm.model.eval()
     return state.ucdm
 

@@ -15,7 +15,7 @@ from itertools import product
 import pandas as pd
 
 from ..data.splits import class_split
-from .intervals import mean_interval, PLUS_MINUS, results_frame, RULES, spread
+from .intervals import covers, mean_interval, PLUS_MINUS, results_frame, RULES, spread
 from .paper import PAPER_TABLES, SLIPS
 from .style import DATASET_LABELS, METHOD_LABELS, METRIC_LABELS
 from .tables import best_two, method_label, Table
@@ -113,7 +113,9 @@ def _quoted_rows(columns: _Columns, quoted: pd.DataFrame, table: int) -> list[tu
     return rows
 
 # %% ../../nbs/report/09_measured_vs_paper.ipynb #89cd7879
-REFERENCES = ("supervised", "supervised_all") # floor and ceiling
+REFERENCES = dict( # rows that are not ranked, and what they are
+    supervised="floor", supervised_all="ceiling", generators_labels="ceiling of what the generator was told"
+)
 
 def _tested_on_others(results: Sequence[RunResult], columns: _Columns, methods: Sequence[str]) -> list[str]:
     "Methods whose numbers of test images differ from the usual ones of a column."
@@ -154,7 +156,7 @@ def _count_of_runs(frame: pd.DataFrame) -> str:
 
 # %% ../../nbs/report/09_measured_vs_paper.ipynb #4097cf8f
 def _why_unranked(method: str, results: Sequence[RunResult]) -> str:
-    if method in REFERENCES: return f"{method_label(method)} ({'floor' if method == 'supervised' else 'ceiling'})"
+    if method in REFERENCES: return f"{method_label(method)} ({REFERENCES[method]})"
     tests = [r.seeds["test"] for r in results if r.spec.method == method and "test" in r.seeds]
     sizes = "; ".join(dict.fromkeys(", ".join(f"{n:,} {g}" for g, n in t.items()) for t in tests))
     return f"{method_label(method)} (tested on other numbers of images: {sizes})"
@@ -163,8 +165,8 @@ def _why_unranked(method: str, results: Sequence[RunResult]) -> str:
 def _caption(frame: pd.DataFrame, results: Sequence[RunResult], table: int, methods: Sequence[str],
              unranked: Sequence[str], needs: Mapping[str, int], with_rule: bool) -> str:
     parts = [
-        f"In percent. Measured: {PLUS_MINUS}, {_count_of_runs(frame)}. Paper: means of three runs, bold and "
-        "underlined as printed."
+        f"In percent. Measured: {PLUS_MINUS}, {_count_of_runs(frame)}.{covers(results)} Paper: means of three runs, "
+        "bold and underlined as printed."
     ]
     if unranked: parts.append(f"Not ranked: {'; '.join(_why_unranked(m, results) for m in unranked)}.")
     if with_rule:

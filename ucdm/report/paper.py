@@ -64,8 +64,8 @@ ucdm random negatives  | 90.0_ 79.3_
 ucdm random both       | 84.8  71.5
 """
 _TABLE_6 = """
-delta       | 4e-2 3e-2 2e-2 2e-2 1e-2 8e-3 5e-3 3e-3 3e-3 2e-3 2e-3 2e-3 2e-3 1e-3 1e-3 1e-3 1e-3 1e-3 4e-4 .
-delta_tilde | 4e-2 3e-2 2e-2 2e-2 1e-2 8e-3 5e-3 3e-3 3e-3 3e-3 2e-3 2e-3 2e-3 1e-3 1e-3 1e-3 1e-3 1e-3 4e-4 .
+delta       | . 4e-2 3e-2 2e-2 2e-2 1e-2 8e-3 5e-3 3e-3 3e-3 2e-3 2e-3 2e-3 2e-3 1e-3 1e-3 1e-3 1e-3 1e-3 4e-4
+delta_tilde | . 4e-2 3e-2 2e-2 2e-2 1e-2 8e-3 5e-3 3e-3 3e-3 3e-3 2e-3 2e-3 2e-3 1e-3 1e-3 1e-3 1e-3 1e-3 4e-4
 """
 
 # %% ../../nbs/report/01_paper.ipynb #eea09b2a

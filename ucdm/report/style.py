@@ -34,6 +34,7 @@ METHOD_LABELS = dict(
     supervised="Supervised, few labels",
     supervised_all="Supervised, all labels",
     diffusion_classifier="Diffusion Classifier",
+    generators_labels="Generator's labels",
 )
 METHOD_COLOURS = dict(
     ucdm="#0072B2",
@@ -49,6 +50,7 @@ METHOD_COLOURS = dict(
     supervised="#999999",
     supervised_all="#333333",
     diffusion_classifier="#661100",
+    generators_labels="#332288",
 )
 GROUP_COLOURS = dict(known="#0072B2", unknown="#D55E00", new="#E69F00", balance="#000000", closed="#56B4E9")
 DATASET_LABELS = {

@@ -14,7 +14,7 @@ def roots(method: str, problem: str = "class_distribution_mismatch",
          ) -> tuple[frozenset[tuple[str, str]], frozenset[str]]: # as `traced`
     "Where the code of a method's results begins."
     m, p = get_method(method), get_problem(problem)
-    inside, elsewhere = traced([m.fit, p.split, p.labelled, p.evaluate])
+    inside, elsewhere = traced([m.fit, p.split, p.labelled, p.evaluate, *([p.validate] if p.validate else [])])
     found = {("ucdm.data.datasets", "load_dataset"), ("ucdm.runs.result", "labelling_rounds")}
     if method == "ucdm": found |= {("ucdm.method.fit", "fit_ucdm")}
     if m.uses_prior: found |= {("ucdm.diffusion.prior", "load_prior")}

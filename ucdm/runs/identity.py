@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'RESULT_VERSION', 'SPEED_ONLY', 'pair_config', 'method_config', 'is_packaged', 'hub_commit',
-           'prior_identity', 'check_disjoint', 'data_identity', 'deciding', 'Resolved', 'resolve', 'identity',
-           'spec_hash']
+           'prior_identity', 'training_record', 'check_disjoint', 'data_identity', 'deciding', 'Resolved', 'resolve',
+           'identity', 'spec_hash']
 
 # %% ../../nbs/runs/03_identity.ipynb #d2639ecf
 import hashlib, json, re
@@ -27,7 +27,7 @@ def pair_config(spec: RunSpec): # ucdm.method.pairs.PairConfig
     changes = {k: v for k, v in spec.pairs.items() if k != "preset"}
     shared = {f.name for f in fields(Differences)} & {f.name for f in fields(PairConfig)} & set(spec.differences)
     check_fields(changes, PairConfig, "RunSpec pairs", {name: "it is already set in `differences`" for name in shared})
-    own = {name: spec.differences[name] for name in shared}
+    own = dict(seed=0 if spec.n_pool else spec.draw) | {name: spec.differences[name] for name in shared}
     return PairConfig.preset(spec.pairs.get("preset", "paper"), **own | changes)
 
 # %% ../../nbs/runs/03_identity.ipynb #f4f97f62
@@ -47,14 +47,15 @@ def method_config(spec: RunSpec): # the method's dataclass, or None
         from ucdm.method.losses import LAMBDA_2
         base = replace(base, lambda2=LAMBDA_2.get(spec.dataset, base.lambda2))
     if hasattr(base, "with_differences"): base = base.with_differences(Differences(**spec.differences))
-    return replace(base, **{k: tuple(v) if isinstance(v, list) else v for k, v in spec.train.items()})
+    config = replace(base, **{k: tuple(v) if isinstance(v, list) else v for k, v in spec.train.items()})
+    return config.of_prior(spec.prior) if hasattr(config, "of_prior") else config
 
 # %% ../../nbs/runs/03_identity.ipynb #84f5b254
 def _prior_folder(name: str) -> Path:
     "Where a generator's files are; the name itself as a path if it is no packaged one. ValueError for no name."
     if not name.strip(): raise ValueError("a generator needs a name: a packaged one, a folder, or a hub id.")
     folder = ASSETS / "priors" / name
-    return folder if folder.is_dir() else Path(name)
+    return folder if Path(name).name == name and folder.is_dir() else Path(name)
 
 
 def is_packaged(prior: str) -> bool:
@@ -91,12 +92,18 @@ def prior_identity(name: str) -> str:
     if commit := hub_commit(name): return f"hub:{name.partition('@')[0]}@{commit}"
     return f"hub:{name}"
 
+# %% ../../nbs/runs/03_identity.ipynb #1de2000b
+def training_record(prior: str, # a packaged generator, a folder, or a hub id
+                   ) -> dict: # of `training.json`; {} if there is none
+    "What a small generator says of its training."
+    file = _prior_folder(prior) / "training.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
 # %% ../../nbs/runs/03_identity.ipynb #083c2e42
 def check_disjoint(prior: str, dataset: str) -> None:
     "ValueError if a small prior has learnt from images that would be drawn as seed images."
     from ucdm.data.datasets import HALVES
-    record = _prior_folder(prior) / "training.json"
-    learnt = json.loads(record.read_text(encoding="utf-8")).get("dataset", "").split("+") if record.is_file() else []
+    learnt = training_record(prior).get("dataset", "").split("+")
     if dataset not in learnt or dataset == "fashion-mnist": return # its seed images are among no generator's images
     half = next((h for h, whole in HALVES.items() if whole == dataset), None)
     remedy = f"use dataset={half!r}, whose seed images it has not seen." if half else "take another generator."

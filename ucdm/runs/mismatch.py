@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..data.images import ImageSet
 from ..data.splits import cdm_split, CDMSplit, class_split, labelled_subset
+from ..evaluation.held_out import held_out_protocol
 from ..evaluation.metrics import BATCH_NORM_PROTOCOLS, evaluate, evaluate_with_curves
 from .registry import Evaluation, Problem, register_problem
 from .spec import MISMATCH, RunSpec
@@ -24,13 +25,14 @@ def mismatch_identity(spec: RunSpec) -> dict:
     "What of a specification decides its split."
     if spec.options: raise ValueError(f"RunSpec options: {MISMATCH} has none, got {', '.join(spec.options)}.")
     classes = asdict(class_split(spec.dataset, spec.class_split))
-    return dict(classes=classes) | {f: getattr(spec, f) for f in ("mismatch", "split_seed", "n_seeds", "n_test")}
+    decides = dict(mismatch=spec.mismatch, split_seed=spec.draw, n_seeds=spec.n_seeds, n_test=spec.n_test)
+    return dict(classes=classes) | decides | (dict(n_pool=spec.n_pool) if spec.n_pool else {})
 
 
 def mismatch_split(spec: RunSpec, train: ImageSet, test: ImageSet) -> CDMSplit:
     "Which images a run is about."
-    caps = dict(n_seeds=spec.n_seeds, n_test=spec.n_test)
-    return cdm_split((train, test), spec.mismatch, spec.split_seed, class_split=spec.class_split, **caps)
+    caps = dict(n_seeds=spec.n_seeds, n_test=spec.n_test, n_pool=spec.n_pool)
+    return cdm_split((train, test), spec.mismatch, spec.draw, class_split=spec.class_split, **caps)
 
 # %% ../../nbs/runs/06_mismatch.ipynb #ff287928
 def labelled_seed_images(split: CDMSplit,
@@ -71,4 +73,8 @@ def mismatch_evaluate(fitted, # a fitted method
     return Evaluation(protocols, curves, {g: len(x) for g, (x, _) in groups.items()})
 
 # %% ../../nbs/runs/06_mismatch.ipynb #e7aa6e46
-register_problem(Problem(MISMATCH, mismatch_identity, mismatch_split, labelled_seed_images, mismatch_evaluate))
+register_problem(
+    Problem(
+        MISMATCH, mismatch_identity, mismatch_split, labelled_seed_images, mismatch_evaluate, validate=held_out_protocol
+    )
+)

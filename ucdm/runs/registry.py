@@ -25,6 +25,7 @@ class Method:
     uses_pairs: bool         # whether it asks for generated pairs
     uses_prior: bool         # whether the generator decides its result: through pairs, or by itself
     least_known: int = 1     # known classes that it needs
+    lacks: Callable = lambda spec: "" # RunSpec -> what is missing for such a run, in words; "" if nothing is
 
     @property
     def config_type(self) -> type | None:
@@ -35,10 +36,10 @@ METHODS: dict[str, Method] = {}
 
 def register_method(name: str, # under which specifications ask for it
                     config: type | str | None = None, uses_pairs: bool = False, uses_prior: bool = False,
-                    least_known: int = 1): # see `Method`
+                    least_known: int = 1, lacks: Callable = Method.lacks): # see `Method`
     "Decorator: make `fit(task)` known as method `name`."
     def register(fit):
-        METHODS[name] = Method(name, fit, config, uses_pairs, uses_prior or uses_pairs, least_known)
+        METHODS[name] = Method(name, fit, config, uses_pairs, uses_prior or uses_pairs, least_known, lacks)
         return fit
     return register
 
@@ -74,6 +75,8 @@ class Problem:
     labelled: Callable   # (split, training ImageSet, labels a class or None) -> the seed images, some with labels
     evaluate: Callable   # (fitted method, split, test ImageSet) -> Evaluation
     check: Callable = lambda spec: None # RunSpec -> None, or ValueError for `options` that cannot be
+    # (fitted method, split, training ImageSet, generator's name) -> further protocols, without labels that a user lacks
+    validate: Callable | None = None
 
 # %% ../../nbs/runs/02_registry.ipynb #a70dbeed
 @dataclass

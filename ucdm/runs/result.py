@@ -7,7 +7,7 @@ __all__ = ['RunResult', 'labelling_rounds', 'write_result', 'read_result', 'mark
 
 # %% ../../nbs/runs/08_result.ipynb #f5452a6a
 import math, os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from ..core.files import atomic_json, checked_json, CorruptResult
@@ -72,6 +72,18 @@ def labelling_rounds(history: list, # of a fitted method
         left -= len(label)
     return rounds
 
+# %% ../../nbs/runs/08_result.ipynb #a5c00012
+def _spec_of(content: dict) -> RunSpec:
+    "The specification in a result's file, with the value that a pair setting had before its default changed."
+    from ucdm.method.pairs import PairConfig
+    decided = content.get("identity", {}).get("pairs")
+    later = {} if decided is None else {
+        f.name: f.metadata["before"]
+        for f in fields(PairConfig)
+        if f.metadata.get("before", f.default) != f.default and f.name not in decided
+    }
+    return RunSpec(**content["spec"] | dict(pairs=later | content["spec"].get("pairs", {})))
+
 # %% ../../nbs/runs/08_result.ipynb #ff8c9b96
 def write_result(path: str | Path, result: RunResult, root: Path | str | None = None) -> None:
     "Keep a result, with the identity of its run. OSError says what could not be written."
@@ -87,7 +99,7 @@ def read_result(path: str | Path, spec: RunSpec | None = None, root: Path | str 
     try:
         back = {p: {k: math.nan if v is None else v for k, v in m.items()} for p, m in content["protocols"].items()}
         parts = [content[k] for k in ("rounds", "epochs", "seeds", "provenance", "curves")]
-        result = RunResult(spec or RunSpec(**content["spec"]), content["hash"], back, *parts)
+        result = RunResult(spec or _spec_of(content), content["hash"], back, *parts)
     except (KeyError, TypeError) as e: raise CorruptResult(f"{path} lacks what a result has ({e!r})") from None
     if spec is not None and result.hash != spec_hash(spec, root):
         raise CorruptResult(f"{path} holds the result of another run ({RunSpec(**content['spec'])})")

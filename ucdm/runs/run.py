@@ -14,7 +14,7 @@ from pathlib import Path
 from ..core.files import clear_partials, CorruptResult, locked
 from ..core.progress import say
 from .code import code_hash
-from .identity import resolve, Resolved
+from .identity import is_packaged, resolve, Resolved
 from .pools import cache_folder, fill_locally, read_pairs, run_data, RunData
 from .provenance import peak_memory_mb, provenance
 from .registry import Evaluation, Task
@@ -73,6 +73,9 @@ def _compute(r: Resolved, folder: Path, partial: Path, root, progress: bool, fil
     with clock.part("evaluate"):
         truth = data.split.true_labels(data.train)
         evaluation = r.problem.evaluate(fitted, data.split, data.test)
+        dear = r.method.uses_prior and not r.method.uses_pairs # its answers
+        if r.problem.validate and is_packaged(spec.prior) and not dear:
+            evaluation.protocols |= r.problem.validate(fitted, data.split, data.train, spec.prior)
     where |= dict(
         code=code,
         seconds=clock.seconds,

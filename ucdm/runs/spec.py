@@ -45,10 +45,11 @@ class RunSpec:
     class_split: Annotated[str, StringConstraints(pattern=r"^\d+/\d+/\d+$")] | None = None
     mismatch: Annotated[float, Interval(ge=0, lt=1)] = 0.6 # fraction of unknown-class images among the seed images
     seed: Seed = 0                    # random seed of the training
-    split_seed: Seed = 0              # random seed of the choice of seed images and test images
+    split_seed: Seed | None = None    # random seed of the images, the labels and the pairs; None: `seed`
     prior: str = "fashion-mnist"      # the generator: a packaged prior, a folder, or a hub id
     n_seeds: Count | None = None      # cap on the number of seed images; None takes the paper's counts
     n_test: Count | None = None       # cap on the test images of each group; None takes the paper's counts
+    n_pool: Count | None = None       # seed images are drawn from so many; None: from all
     # overrides of PairConfig, or of one of its presets: {"preset": "strong_erasure"}
     pairs: dict = field(default_factory=dict)
     train: dict = field(default_factory=dict)        # overrides of the method's configuration
@@ -61,6 +62,9 @@ class RunSpec:
         for name in ("pairs", "train", "differences", "options"):
             object.__setattr__(self, name, _plain(getattr(self, name)))
         _check_prompts(self.dataset, self.pairs.get("prompts"))
+
+    @property
+    def draw(self) -> int: return self.seed if self.split_seed is None else self.split_seed
 
     # of the overrides only the names: 1 and 1.0 are equal, their JSON is not
     def __hash__(self):
