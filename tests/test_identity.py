@@ -1,4 +1,5 @@
 "Pairs and results are known by everything that decides them."
+import ast
 import functools
 import json
 import shutil
@@ -64,6 +65,18 @@ def test_messages_and_comments_are_no_other_code(tmp_path, other_code):
     before = folders(tmp_path)
     other_code("ucdm.diffusion.prior", "Prior", "an inpainting, depth or upscaling model", "something else")
     assert folders(tmp_path) == before
+
+
+def test_another_python_is_no_other_code(tmp_path, monkeypatch):
+    "Functions have one field more from Python 3.12 on, empty: stored results and pairs stay good."
+    before = folders(tmp_path), code_hash("ucdm")
+    monkeypatch.setattr(ast.FunctionDef, "_fields", (*ast.FunctionDef._fields, "later"))
+    monkeypatch.setattr(ast.FunctionDef, "later", None, raising=False)
+    monkeypatch.setattr(ast.FunctionDef, "type_params", [], raising=False)
+    if "type_params" not in ast.FunctionDef._fields:
+        monkeypatch.setattr(ast.FunctionDef, "_fields", (*ast.FunctionDef._fields, "type_params"))
+    source._package.cache_clear(), source.source_hash.cache_clear()
+    assert (folders(tmp_path), code_hash("ucdm")) == before
 
 
 def test_a_rule_decides_results(other_code):

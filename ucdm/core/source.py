@@ -141,6 +141,19 @@ class _Bare(ast.NodeTransformer):
     def visit_ClassDef(self, node):
         if ast.get_docstring(node) is not None: node.body = node.body[1:]
         return self.generic_visit(node)
+    def visit_JoinedStr(self, node): # 3.12.0 and 3.12.1 put an empty string after a format that holds a value
+        node.values = [v for v in node.values if not (isinstance(v, ast.Constant) and v.value == "")]
+        return self.generic_visit(node)
+
+# %% ../../nbs/core/08_source.ipynb #0af9100c
+def _text(node) -> str: # of a syntax tree, or of what is in one
+    "A tree as text, the same in every version of Python."
+    if isinstance(node, list): return f"[{', '.join(map(_text, node))}]"
+    if not isinstance(node, ast.AST): return repr(node)
+    values = [(k, getattr(node, k, None)) for k in node._fields if k != "type_params"]
+    is_constant = isinstance(node, (ast.Constant, ast.MatchSingleton)) # None is a value there
+    told = [f"{k}={_text(v)}" for k, v in values if v is not None or is_constant and k == "value"]
+    return f"{type(node).__name__}({', '.join(told)})"
 
 # %% ../../nbs/core/08_source.ipynb #0af9100d
 def _pieces(statements: list[ast.stmt]) -> list[str]:
@@ -148,10 +161,10 @@ def _pieces(statements: list[ast.stmt]) -> list[str]:
     bare = [_Bare().visit(ast.parse(ast.unparse(s)).body[0]) for s in statements]
     parts = []
     for node in bare:
-        if not isinstance(node, ast.ClassDef): parts.append(ast.dump(node)); continue
+        if not isinstance(node, ast.ClassDef): parts.append(_text(node)); continue
         methods = [n for n in node.body if isinstance(n, ast.FunctionDef)]
         node.body = [n for n in node.body if n not in methods]
-        parts += [ast.dump(n) for n in (node, *methods) if n.name not in ("__repr__", "__str__")]
+        parts += [_text(n) for n in (node, *methods) if n.name not in ("__repr__", "__str__")]
     return parts
 
 # %% ../../nbs/core/08_source.ipynb #c05e0006
