@@ -237,7 +237,7 @@ def time_unet(
     Batches that do not fit into memory are left out.
     """
     text, x = prior.embed(["A photo of a cat"]), torch.randn(1, *prior.latent_shape, device=prior.device)
-    with FlopCounterMode(display=False) as counter: prior.predict(x, 401, text)
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter: prior.predict(x, 401, text)
     flops, peak, rows = counter.get_total_flops() / 1e12, peak_teraflops(prior.device, prior.dtype, side), {}
     for n in batch_sizes:
         try: rate = n / seconds_of(lambda: prior.predict(x.expand(n, -1, -1, -1), 401, text.expand(n, -1, -1)))
