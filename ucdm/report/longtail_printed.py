@@ -213,7 +213,7 @@ LONGTAIL_SOURCES = pd.DataFrame(
 # %% ../../nbs/report/15_longtail_printed.ipynb #1aaee884
 QUOTED_ONLY = ("acr", "abc", "debiaspl", "daso", "softmatch")
 
-# %% ../../nbs/report/15_longtail_printed.ipynb #dc8d658e
+# %% ../../nbs/report/15_longtail_printed.ipynb #43a9f9ab
 def _narrowed(frame: pd.DataFrame, place: str, **wanted) -> pd.DataFrame:
     "Rows with these values. KeyError for a value that is not there; it names those that are."
     for name, value in wanted.items():
@@ -223,6 +223,7 @@ def _narrowed(frame: pd.DataFrame, place: str, **wanted) -> pd.DataFrame:
         frame = frame[frame[name] == value]
     return frame
 
+# %% ../../nbs/report/15_longtail_printed.ipynb #1385e36f
 def _table(table: str, metric: str | None) -> pd.DataFrame:
     "Rows of one table and one metric, the table's first one if none is said."
     frame = _narrowed(LONGTAIL_TABLES, "The list of printed tables", table=table)
