@@ -71,7 +71,7 @@ def em_step(log_likelihoods: Tensor, # log p(x | k), [B, K], up to a constant fo
            ) -> Tensor: # [K]
     """The mean of the posteriors under the estimate: one step of EM, or of the power-EM map.
 
-    From Saerens, Latinne, Decaestecker (2002), Eq. 2.9. ValueError as in `shifted_posterior`.
+    From Saerens, Latinne, Decaestecker (2002) and ADELLO. ValueError as in `shifted_posterior`.
     """
     return _mean(shifted_posterior(log_likelihoods, estimate, alpha), weights)
 
