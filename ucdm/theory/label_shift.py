@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .analytic import Mixture
 
-# %% ../../nbs/theory/06_label_shift.ipynb #d98cc6da
+# %% ../../nbs/theory/06_label_shift.ipynb #b73f0b2e
 def equidistant(n_classes: int,
                 separation: float, # how far each mean lies from the origin, in standard deviations of a class
                ) -> Mixture:
@@ -22,12 +22,12 @@ def equidistant(n_classes: int,
         torch.arange(n_classes),
     )
 
-# %% ../../nbs/theory/06_label_shift.ipynb #385ed5e8
+# %% ../../nbs/theory/06_label_shift.ipynb #7753288d
 def class_log_likelihoods(m: Mixture, x: Tensor) -> Tensor:
     "log p(x | k) of points [B, d], as [B, K]."
     return torch.stack([m.log_density(x, 1.0, label=k) for k in range(m.n_classes)], 1)
 
-# %% ../../nbs/theory/06_label_shift.ipynb #d0b1ad71
+# %% ../../nbs/theory/06_label_shift.ipynb #c6692230
 def _log_weights(log_likelihoods: Tensor, distribution: Tensor, alpha: float) -> Tensor: # [K], alpha * log q
     if distribution.shape != log_likelihoods.shape[-1:]:
         raise ValueError(
@@ -38,7 +38,7 @@ def _log_weights(log_likelihoods: Tensor, distribution: Tensor, alpha: float) ->
     if distribution.min() < 0: raise ValueError("a class distribution must not be negative.")
     return torch.xlogy(torch.as_tensor(alpha, dtype=distribution.dtype), distribution)
 
-# %% ../../nbs/theory/06_label_shift.ipynb #7b9105ac
+# %% ../../nbs/theory/06_label_shift.ipynb #e5bb71ab
 def shifted_posterior(log_likelihoods: Tensor, # log p(x | k), [..., K], up to a constant for each x
                       distribution: Tensor, # class distribution b, [K]
                       alpha: float = 1.0, # smooths it to b^alpha
@@ -50,11 +50,11 @@ def shifted_posterior(log_likelihoods: Tensor, # log p(x | k), [..., K], up to a
     """
     return (log_likelihoods + _log_weights(log_likelihoods, distribution, alpha)).softmax(-1)
 
-# %% ../../nbs/theory/06_label_shift.ipynb #23315654
+# %% ../../nbs/theory/06_label_shift.ipynb #a8d9d2e9
 def _mean(values: Tensor, weights: Tensor | None) -> Tensor: # over the first axis
     return values.mean(0) if weights is None else weights @ values
 
-# %% ../../nbs/theory/06_label_shift.ipynb #b928a596
+# %% ../../nbs/theory/06_label_shift.ipynb #9897cb7d
 def log_likelihood(log_likelihoods: Tensor, # log p(x | k), [B, K], up to a constant for each x
                    distribution: Tensor, # [K]
                    alpha: float = 1.0, # 1 is the likelihood; below 1 it is what the power-EM map climbs
@@ -63,7 +63,7 @@ def log_likelihood(log_likelihoods: Tensor, # log p(x | k), [B, K], up to a cons
     "Mean log sum_k p(x | k) q_k^alpha. ValueError as in `shifted_posterior`."
     return _mean((log_likelihoods + _log_weights(log_likelihoods, distribution, alpha)).logsumexp(-1), weights)
 
-# %% ../../nbs/theory/06_label_shift.ipynb #821bb7d1
+# %% ../../nbs/theory/06_label_shift.ipynb #be98983f
 def em_step(log_likelihoods: Tensor, # log p(x | k), [B, K], up to a constant for each x
             estimate: Tensor, # present class distribution, [K]
             alpha: float = 1.0, # 1 is EM; below 1 the posterior is taken under estimate^alpha
@@ -75,7 +75,7 @@ def em_step(log_likelihoods: Tensor, # log p(x | k), [B, K], up to a constant fo
     """
     return _mean(shifted_posterior(log_likelihoods, estimate, alpha), weights)
 
-# %% ../../nbs/theory/06_label_shift.ipynb #444dcfbc
+# %% ../../nbs/theory/06_label_shift.ipynb #1431e3ec
 def em_class_distribution(log_likelihoods: Tensor, # log p(x | k), [B, K], up to a constant for each x
                           alpha: float = 1.0, # 1: the maximum-likelihood estimate; below: ADELLO's
                           weights: Tensor | None = None, # probability of each x, [B]; None: all the same
