@@ -35,6 +35,18 @@ METHOD_LABELS = dict(
     supervised_all="Supervised, all labels",
     diffusion_classifier="Diffusion Classifier",
     generators_labels="Generator's labels",
+    fixmatch_da="FixMatch + DA",
+    fixmatch_la="FixMatch + LA",
+    udal="UDAL",
+    mixmatch_udal="MixMatch + UDAL",
+    adello="ADELLO",
+    crest="CReST",
+    crest_plus="CReST+",
+    mixmatch_crest_plus="MixMatch + CReST+",
+    darp="DARP",
+    darp_crt="DARP + cRT",
+    fixmatch_crt="FixMatch + cRT",
+    cossl="CoSSL",
 )
 METHOD_COLOURS = dict(
     ucdm="#0072B2",
@@ -69,6 +81,14 @@ METRIC_LABELS = dict(
     auroc="AUROC",
     oscr="OSCR",
     ece="ECE",
+    balanced="balanced accuracy",
+    accuracy="accuracy",
+    head="head",
+    medium="medium",
+    tail="tail",
+    gm="geometric mean",
+    mce="MCE",
+    classwise_ece="classwise ECE",
 )
 
 # %% ../../nbs/report/02_style.ipynb #cdd5165e
