@@ -47,7 +47,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 # %% ../../nbs/core/04_device.ipynb #d6ddab23
 class compiled:
-    """`torch.compile(module)`, and from its first failure on the module as it is, with a warning.
+    """`torch.compile(module)`, and from its first failure on the module as it is.
 
     OutOfMemoryError and the like are passed on.
     """
@@ -64,8 +64,7 @@ class compiled:
                     return self.fast(*args, **kwargs)
             except Exception as e:
                 if is_out_of_memory(e): raise
-                self.fast, why = None, (str(e).strip().splitlines() or [""])[0]
-                warnings.warn(f"torch.compile failed, going on without it ({type(e).__name__}: {why})", stacklevel=2)
+                self.fast = None
         return self.module(*args, **kwargs)
 
 # %% ../../nbs/core/04_device.ipynb #2c65814f

@@ -51,7 +51,7 @@ def covers(results: Iterable[RunResult]) -> str:
         return " Runs differ in their training alone: images, labels and pairs are the same."
     shares = {f"{r.seeds['n'] / r.spec.n_pool:.0%}" for r in results if r.spec.n_pool and "n" in r.seeds}
     pool = f" Two runs share about {' or '.join(sorted(shares))} of their seed images, and those have the same pairs."
-    return " Runs differ in seed and test images, labels, pairs and training." + (pool if shares else "")
+    return " Runs differ in seed images, in test images where not all are taken, labels, pairs and training." + (pool if shares else "")
 
 # %% ../../nbs/report/03_intervals.ipynb #e3edd2f7
 def spread(
