@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['aligned', 'AlignedConfig', 'AlignedFixMatch']
 
-# %% ../../nbs/longtail/05_alignment.ipynb #3b75801a
-from typing import Literal
+# %% ../../nbs/longtail/05_alignment.ipynb #c3d95727
+from dataclasses import field
 
-import torch
 from torch import Tensor
 
 from ..baselines.semi_supervised import register
@@ -30,6 +29,7 @@ class AlignedConfig(ShiftedConfig):
     "Settings of FixMatch with distribution alignment."
     alpha_min: ShiftedConfig.__annotations__["alpha_min"] = 0.5 # exponent of the target's smoothing at the end
     logit_adjusted: bool = False # log pi is added to the logits in the labelled loss
+    progressive: bool = field(default=False, metadata=dict(before=False)) # or log pi / pi_alpha, as UDAL does
 
 
 @register("fixmatch_da")
@@ -37,5 +37,7 @@ class AlignedFixMatch(ShiftedFixMatch):
     "FixMatch with distribution alignment."
     Config = AlignedConfig
 
-    def labelled_shift(self): return self.pi.log() if self.config.logit_adjusted else 0.0
+    def labelled_shift(self):
+        if self.config.progressive: return log_ratio(self.pi, smoothed(self.pi, self.alpha))
+        return self.pi.log() if self.config.logit_adjusted else 0.0
     def pseudo_logits(self, f_w): return aligned(f_w, smoothed(self.pi, self.alpha), self.class_estimate)
