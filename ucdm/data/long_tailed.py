@@ -90,14 +90,14 @@ def fraction_of(n: int, beta: float) -> int:
     "The fraction of so many images, rounded up."
     return math.ceil(round(beta * n, 6)) # 0.1 * 30 must not become 3.0000000000000004
 
-
+# %% ../../nbs/data/09_long_tailed.ipynb #eccc002b
 def _unlabelled_profile(c: LongTail, n_classes: int) -> list[int]:
     "The second profile, lowered until it has no more images than it may."
     head = c.n_unlabelled
     while c.total_unlabelled and sum(profile(head, c.gamma_unlabelled, n_classes)) > c.total_unlabelled: head -= 1
     return profile(head, c.gamma_unlabelled, n_classes)
 
-
+# %% ../../nbs/data/09_long_tailed.ipynb #b2ba680b
 def class_counts(c: LongTail,
                  available: Sequence[int], # images there are of each class, in the order of the ranks
                 ) -> tuple[list[int], list[int]]: # labelled and unlabelled, in the same order
@@ -134,10 +134,12 @@ def seeds(self: LongTailSplit, train: ImageSet) -> ImageSet: # labels are -1
     images = train.images[self.seed_index]
     return ImageSet(images, torch.full((len(images),), -1), self.known_names, train.name)
 
+# %% ../../nbs/data/09_long_tailed.ipynb #07c94c55
 @patch
 def true_labels(self: LongTailSplit, train: ImageSet) -> Tensor: # int64 [N]
     return self.group[train.labels[self.seed_index]]
 
+# %% ../../nbs/data/09_long_tailed.ipynb #7383c231
 @patch
 def test(self: LongTailSplit, test: ImageSet) -> dict[str, tuple[Tensor, Tensor]]: # "test": (uint8 images, labels)
     "The test images."
@@ -159,7 +161,7 @@ def _rank_order(c: LongTail, n_classes: int, seed: int) -> tuple[int, ...]: # la
     if sorted(c.order) == list(range(n_classes)): return c.order
     raise ValueError(f"LongTail.order must hold each of 0 to {n_classes - 1} once, got {c.order}.")
 
-
+# %% ../../nbs/data/09_long_tailed.ipynb #651210cc
 def _groups(c: LongTail, train: ImageSet) -> tuple[tuple[str, ...], Tensor, list[int | None]]: # names, group, limits
     "The classes of a split, and which class of the data set belongs to which."
     merged = MERGED[c.merge] if c.merge else {name: ((name,), None) for name in train.classes}
@@ -168,7 +170,7 @@ def _groups(c: LongTail, train: ImageSet) -> tuple[tuple[str, ...], Tensor, list
         for name in members: group[class_id(name, train.classes, train.name)] = k
     return tuple(merged), group, [limit for _, limit in merged.values()]
 
-
+# %% ../../nbs/data/09_long_tailed.ipynb #086777c6
 def _check_counts(names, order, labelled, unlabelled, available) -> None:
     "ValueError for a class without a label, and for more images than there are."
     for k, n, m, there in zip(order, labelled, unlabelled, available):

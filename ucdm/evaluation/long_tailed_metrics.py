@@ -21,7 +21,7 @@ def class_recall(probs: Tensor, # [N, K]
     K = probs.shape[1]
     return torch.bincount(labels, right, K) / torch.bincount(labels, minlength=K)
 
-
+# %% ../../nbs/evaluation/07_long_tailed_metrics.ipynb #929b1499
 def class_precision(probs: Tensor, labels: Tensor) -> Tensor: # float64 [K]; 0 for a class that is never predicted
     "How many images that are called by a class's name are of that class."
     answer, K = probs.argmax(1), probs.shape[1]
@@ -37,7 +37,7 @@ def third_means(recall: Tensor, # [K]
     parts = dict(head=order[:third], medium=order[third:len(order) - third], tail=order[len(order) - third:])
     return {name: recall[ids].mean().item() for name, ids in parts.items()}
 
-
+# %% ../../nbs/evaluation/07_long_tailed_metrics.ipynb #b8727fdc
 def geometric_mean(recall: Tensor) -> float: # [K] -> 0 to 1
     "Of the recalls, with 0 replaced by 1 / (100 K)."
     from scipy.stats import gmean
@@ -52,7 +52,7 @@ def calibration_bins(confidence: Tensor, right: Tensor, # of each answer [N]
     gap = torch.bincount(at, confidence.double() - right.double(), n_bins)
     return n, gap.abs() / n.clamp_min(1)
 
-
+# %% ../../nbs/evaluation/07_long_tailed_metrics.ipynb #96d99d54
 def calibration_errors(probs: Tensor, labels: Tensor) -> dict[str, float]: # ece, mce, mce_10, 0 to 1
     "Of the most likely answer; `mce_10` counts bins with ten images or more."
     n, gap = calibration_bins(probs.max(1).values, probs.argmax(1) == labels)
@@ -87,7 +87,7 @@ def pseudo_label_counts(labels: Tensor, # given, -1: none [N]
     got = labels >= 0
     return dict(true=count(truth), kept=count(truth[got]), named=count(labels[got]), right=count(labels[got & (labels == truth)]))
 
-
+# %% ../../nbs/evaluation/07_long_tailed_metrics.ipynb #50915ce3
 def pseudo_label_metrics(counts: dict[str, Sequence[int]]) -> dict[str, Tensor]: # kept, recall, precision, ceiling [K]
     "What `pseudo_label_counts` says, as fractions; the precision of a class that no label names is nan."
     true, kept, named, right = (torch.tensor(counts[k], dtype=torch.double) for k in ("true", "kept", "named", "right"))

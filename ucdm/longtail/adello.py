@@ -60,7 +60,7 @@ def temperature(self: ADELLO) -> float:
     if "temperature" not in self.notes: self.notes["temperature"] = math.exp(kl_from_uniform(self.class_estimate))
     return self.notes["temperature"]
 
-
+# %% ../../nbs/longtail/08_adello.ipynb #713ebc48
 @patch
 def further(self: ADELLO, f_w: Tensor, f_s: Tensor, mask: Tensor) -> dict[str, Tensor]:
     "The soft loss; `f_s` comes with its shift."

@@ -31,7 +31,7 @@ class AlignedConfig(ShiftedConfig):
     logit_adjusted: bool = False # log pi is added to the logits in the labelled loss
     progressive: bool = field(default=False, metadata=dict(before=False)) # or log pi / pi_alpha, as UDAL does
 
-
+# %% ../../nbs/longtail/05_alignment.ipynb #fae4672c
 @register("fixmatch_da")
 class AlignedFixMatch(ShiftedFixMatch):
     "FixMatch with distribution alignment."

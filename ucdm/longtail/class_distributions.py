@@ -41,7 +41,7 @@ def ring_of(n_classes: int, size: int = 128) -> Tensor: # float64 [size, K]
     "Room for the mean predictions of so many batches, uniform at first."
     return torch.full((size, n_classes), 1 / n_classes, dtype=torch.double)
 
-
+# %% ../../nbs/longtail/01_class_distributions.ipynb #3f366fe4
 def put(ring: Tensor, # float64 [size, K], changed in place
         mean: Tensor, # of a batch's predictions [K]
         step: int, # which batch this is, from 0
@@ -49,7 +49,7 @@ def put(ring: Tensor, # float64 [size, K], changed in place
     "Write a batch's mean over the oldest one."
     ring[step % len(ring)] = mean.double().to(ring.device)
 
-
+# %% ../../nbs/longtail/01_class_distributions.ipynb #bafe51d8
 def moved(q: Tensor, # float64 [K]
           mean: Tensor, # of a batch's predictions [K]
           decay: float,
@@ -65,12 +65,12 @@ def kl(p: Tensor, q: Tensor, # distributions [K]
     p, q = p.double(), q.double() + eps
     return float((p * ((p + (p == 0)).log() - q.log())).sum())
 
-
+# %% ../../nbs/longtail/01_class_distributions.ipynb #74e860e0
 def kl_from_uniform(q: Tensor) -> float: # nats
     "KL(u || q): how far from uniform."
     return kl(torch.full_like(q.double(), 1 / len(q)), q)
 
-
+# %% ../../nbs/longtail/01_class_distributions.ipynb #f6ee428e
 def total_variation(p: Tensor, q: Tensor) -> float: # 0 to 1
     return float((p.double() - q.double()).abs().sum() / 2)
 
@@ -85,7 +85,7 @@ def quota(q: Tensor, # distribution of the labels [K]
     out[most] += 1
     return out
 
-
+# %% ../../nbs/longtail/01_class_distributions.ipynb #830f4d5a
 def by_quota(probs: Tensor, # [N, K]
              numbers: Sequence[int] | Tensor, # labels of each class
             ) -> Tensor: # int64 [N], -1: none

@@ -16,7 +16,7 @@ class LogitAdjustedConfig(ShiftedConfig):
     "Settings of FixMatch with logit adjustment in the labelled loss."
     tau: ShiftedConfig.__annotations__["decay"] = 1.0 # how much of log pi is added
 
-
+# %% ../../nbs/longtail/06_logit_adjustment.ipynb #3c280717
 @register("fixmatch_la")
 class LogitAdjustedFixMatch(ShiftedFixMatch):
     "FixMatch, the labelled loss with log pi added to the logits."

@@ -29,7 +29,7 @@ def long_tail_of(spec: RunSpec) -> LongTail:
     check_fields(spec.options, LongTail, "RunSpec options")
     return LongTail(**{k: tuple(v) if isinstance(v, list) else v for k, v in spec.options.items()})
 
-
+# %% ../../nbs/longtail/02_problem.ipynb #86ce53e9
 def check_long_tailed(spec: RunSpec) -> None:
     "ValueError or TypeError for a specification that does not fit the problem."
     long_tail_of(spec)
@@ -38,7 +38,7 @@ def check_long_tailed(spec: RunSpec) -> None:
         raise ValueError(f"RunSpec {wrong[0]}={getattr(spec, wrong[0])!r} has no meaning for {LONG_TAILED}; "
                          f"leave it at {other[wrong[0]]!r}, and say in `options` how many images there are.")
 
-
+# %% ../../nbs/longtail/02_problem.ipynb #37758f61
 def long_tailed_identity(spec: RunSpec) -> dict:
     "What of a specification decides its split."
     check_long_tailed(spec)
@@ -50,7 +50,7 @@ def long_tailed_identity(spec: RunSpec) -> dict:
 def draw_split(spec: RunSpec, train: ImageSet, test: ImageSet) -> LongTailSplit:
     return long_tailed_split(train, test, long_tail_of(spec), spec.draw, spec.n_test)
 
-
+# %% ../../nbs/longtail/02_problem.ipynb #e3cef386
 def given_labels(split: LongTailSplit, train: ImageSet, # the training images
                  per_class: int | None, # must be None: the split says who is labelled
                 ) -> ImageSet: # all images, labels 0..K-1 where they are given, else -1

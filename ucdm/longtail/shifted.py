@@ -51,13 +51,13 @@ def class_estimate(self: ShiftedFixMatch) -> Tensor: # float64 [K]
     "The estimate of the unlabelled class distribution."
     return self.memory["q"].mean(0) if self.config.estimate == "ring" else self.memory["q"]
 
-
+# %% ../../nbs/longtail/04_shifted.ipynb #fb59403d
 @patch(as_prop=True)
 def alpha(self: ShiftedFixMatch) -> float:
     "The exponent of the smoothing now."
     return alpha_at(self.done, self.config.alpha_min, self.config.power)
 
-
+# %% ../../nbs/longtail/04_shifted.ipynb #b1c22c6b
 @patch
 def _shift(self: ShiftedFixMatch, f: Tensor, shift: Tensor | float) -> Tensor: # logits [B, K], float32
     return f + (shift.to(f) if isinstance(shift, Tensor) else shift)
@@ -74,7 +74,7 @@ def loss(self: ShiftedFixMatch, batch):
     terms = {"L_x": L_x, "L_u": L_u, "mask": mask.mean()} | self.further(f_w, f_s, mask)
     return {"loss": L_x + self.config.lambda_u * L_u + terms.get("L_c", 0.0)} | terms
 
-
+# %% ../../nbs/longtail/04_shifted.ipynb #d05683f0
 @patch
 def further(self: ShiftedFixMatch, f_w: Tensor, f_s: Tensor, mask: Tensor) -> dict[str, Tensor]: return {}
 

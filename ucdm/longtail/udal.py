@@ -38,7 +38,7 @@ class MixMatchUDALConfig(MixMatchConfig):
     alpha_min: ShiftedConfig.__annotations__["alpha_min"] = 0.5 # exponent of the smoothing at the end
     power: ShiftedConfig.__annotations__["power"] = 2.0 # k of its schedule
 
-
+# %% ../../nbs/longtail/07_udal.ipynb #8951af6d
 @register("mixmatch_udal")
 class MixMatchUDAL(MixMatch):
     "UDAL on MixMatch."
@@ -69,7 +69,7 @@ def guess(self: MixMatchUDAL, views: tuple[Tensor, ...]) -> Tensor: # [B, K]
     self._mean = p.mean(0)
     return sharpen(p, self.config.temperature)
 
-
+# %% ../../nbs/longtail/07_udal.ipynb #c4a41eed
 @patch
 def loss(self: MixMatchUDAL, batch):
     x, u = batch["labelled"], batch["unlabelled"]

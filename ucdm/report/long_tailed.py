@@ -29,7 +29,7 @@ def long_tail_spec(dataset: str, options: Mapping, # fields of LongTail
     return RunSpec("fixmatch", dataset, mismatch=0.0, split_seed=split_seed, n_test=n_test, problem="long_tailed",
                    options=dict(options))
 
-
+# %% ../../nbs/report/17_long_tailed.ipynb #222f8e93
 def trained(method: str, settings: Mapping, # for all methods that know them
             **own, # for this one; ValueError later, if it does not know them
            ) -> dict: # overrides of a RunSpec
@@ -88,7 +88,7 @@ def _images(results: Sequence[RunResult]) -> str:
     (whole, labelled), = n
     return f"{whole:,} images, {labelled:,} of them labelled"
 
-
+# %% ../../nbs/report/17_long_tailed.ipynb #b6847a15
 def long_tail_note(results: Sequence[RunResult]) -> Markdown:
     "What was trained on what, in a sentence or two."
     spec, several = results[0].spec, {str(sorted(r.spec.options.items())) for r in results}

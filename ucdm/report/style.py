@@ -48,6 +48,8 @@ METHOD_LABELS = dict(
     fixmatch_crt="FixMatch + cRT",
     cossl="CoSSL",
 )
+
+# %% ../../nbs/report/02_style.ipynb #c8dc8e01
 METHOD_COLOURS = dict(
     ucdm="#0072B2",
     ds3l="#999933",
@@ -64,6 +66,8 @@ METHOD_COLOURS = dict(
     diffusion_classifier="#661100",
     generators_labels="#332288",
 )
+
+# %% ../../nbs/report/02_style.ipynb #c8dc8e02
 GROUP_COLOURS = dict(known="#0072B2", unknown="#D55E00", new="#E69F00", balance="#000000", closed="#56B4E9")
 DATASET_LABELS = {
     "cifar10": "CIFAR-10",
