@@ -44,7 +44,7 @@ def long_tailed_identity(spec: RunSpec) -> dict:
     check_long_tailed(spec)
     chosen = long_tail_of(spec)
     given = {f.name: v for f in fields(chosen) if (v := getattr(chosen, f.name)) != f.default}
-    return dict(long_tail=given, split_seed=spec.draw, n_test=spec.n_test)
+    return dict(options=given, split_seed=spec.draw, n_test=spec.n_test)
 
 # %% ../../nbs/longtail/02_problem.ipynb #e999f618
 def draw_split(spec: RunSpec, train: ImageSet, test: ImageSet) -> LongTailSplit:
