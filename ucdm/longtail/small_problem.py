@@ -15,7 +15,7 @@ from ..data.images import ImageSet
 from ..data.long_tailed import long_tailed_split, LongTail, LongTailSplit
 
 # %% ../../nbs/longtail/03_small_problem.ipynb #44040558
-SMALL = dict(labels_per_class=None, depth=10, width=1, batch_size=16, ratio=2, epochs=3, image_passes=12_000, ema=0.9)
+SMALL = dict(labels_per_class=None, depth=10, width=1, batch_size=16, ratio=2, epochs=3, image_passes=4_800, ema=0.9)
 SMALL_TAIL = LongTail(n_head=200, gamma=40.0, beta=0.2)
 
 def small_long_tail(long_tail: LongTail = SMALL_TAIL, seed: int = 0,
