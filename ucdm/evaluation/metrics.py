@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'CURVE_POINTS', 'BATCH_NORM_PROTOCOLS', 'accuracy', 'closed_accuracy', 'open_accuracies', 'balance_score',
-           'log_odds', 'auroc_known_vs_other', 'oscr_curve', 'oscr', 'ece', 'curves', 'evaluate_with_curves',
-           'evaluate']
+           'log_odds', 'auroc_known_vs_other', 'tied_pairs', 'oscr_curve', 'oscr', 'ece', 'curves',
+           'evaluate_with_curves', 'evaluate']
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #82eb7cb7
 import math, statistics
@@ -67,6 +67,15 @@ def auroc_known_vs_other(open_probs: Tensor, # probabilities over K + 1 answers 
     if is_other.min() == is_other.max(): return math.nan
     score = log_odds(open_probs).unique(return_inverse=True)[1] # ranks; torchmetrics would squash other scores
     return binary_auroc(score / len(score), is_other).item() * 100
+
+# %% ../../nbs/evaluation/01_metrics.ipynb #a12a0012
+def tied_pairs(score: Tensor, # of each image [N]
+               is_other: Tensor, # bool [N]
+              ) -> float: # percent
+    "How many pairs of a known image and an \"other\" one have equal scores."
+    known, other = score[~is_other].sort().values, score[is_other]
+    tied = torch.searchsorted(known, other, right=True) - torch.searchsorted(known, other)
+    return 100 * tied.sum().item() / (len(known) * len(other))
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #153c2164
 def oscr_curve(open_probs: Tensor, # probabilities over K + 1 answers [N, K + 1]

@@ -35,7 +35,21 @@ METHOD_LABELS = dict(
     supervised_all="Supervised, all labels",
     diffusion_classifier="Diffusion Classifier",
     generators_labels="Generator's labels",
+    fixmatch_da="FixMatch + DA",
+    fixmatch_la="FixMatch + LA",
+    udal="UDAL",
+    mixmatch_udal="MixMatch + UDAL",
+    adello="ADELLO",
+    crest="CReST",
+    crest_plus="CReST+",
+    mixmatch_crest_plus="MixMatch + CReST+",
+    darp="DARP",
+    darp_crt="DARP + cRT",
+    fixmatch_crt="FixMatch + cRT",
+    cossl="CoSSL",
 )
+
+# %% ../../nbs/report/02_style.ipynb #c8dc8e01
 METHOD_COLOURS = dict(
     ucdm="#0072B2",
     ds3l="#999933",
@@ -52,6 +66,8 @@ METHOD_COLOURS = dict(
     diffusion_classifier="#661100",
     generators_labels="#332288",
 )
+
+# %% ../../nbs/report/02_style.ipynb #c8dc8e02
 GROUP_COLOURS = dict(known="#0072B2", unknown="#D55E00", new="#E69F00", balance="#000000", closed="#56B4E9")
 DATASET_LABELS = {
     "cifar10": "CIFAR-10",
@@ -69,6 +85,14 @@ METRIC_LABELS = dict(
     auroc="AUROC",
     oscr="OSCR",
     ece="ECE",
+    balanced="balanced accuracy",
+    accuracy="accuracy",
+    head="head",
+    medium="medium",
+    tail="tail",
+    gm="geometric mean",
+    mce="MCE",
+    classwise_ece="classwise ECE",
 )
 
 # %% ../../nbs/report/02_style.ipynb #cdd5165e

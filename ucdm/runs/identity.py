@@ -180,9 +180,9 @@ def _identity(r: Resolved) -> dict:
     known = {} if r.config is None else {k: v for k, v in deciding(r.config).items() if k not in SPEED_ONLY}
     if r.method.uses_prior: check_disjoint(spec.prior, spec.dataset)
     out = dict(version=RESULT_VERSION, method=spec.method, dataset=spec.dataset, seed=spec.seed, config=known)
-    out |= r.problem.identity(spec)
+    out |= (decided := r.problem.identity(spec))
     if spec.problem != MISMATCH: out |= dict(problem=spec.problem)
-    if spec.options: out |= dict(options=spec.options)
+    if spec.options and "options" not in decided: out |= dict(options=spec.options) # else the problem has put them in order
     if r.method.uses_prior: out |= dict(prior=r.prior)
     if r.method.uses_pairs: out |= dict(pairs=deciding(r.pairs))
     if images := data_identity(spec.dataset, r.root): out |= dict(data=images)

@@ -52,8 +52,9 @@ def _copies(specs: Sequence[RunSpec], hashes: Sequence[str], done: dict, # hash 
 def _in_short(outcome: RunResult | Exception) -> str:
     "A run's outcome in a few words."
     if isinstance(outcome, Exception): return f"failed: {type(outcome).__name__}: {outcome}".splitlines()[0]
-    try: return f"balance {outcome.metrics['balance']:.1f}, closed {outcome.metrics['closed']:.1f}"
-    except (KeyError, ValueError) as e: return f"done; {e}" # whole, only not evaluated as this specification asks
+    told = ("balance", "closed", "balanced") # of whatever problem
+    try: return ", ".join(f"{k} {outcome.metrics[k]:.1f}" for k in told if k in outcome.metrics) or "done"
+    except ValueError as e: return f"done; {e}" # whole, only not evaluated as this specification asks
 
 # %% ../../nbs/runs/11_many.ipynb #a440f25e
 def run_many(specs: Sequence[RunSpec],
