@@ -75,9 +75,9 @@ def values_of(frame: pd.DataFrame, variant: str, metric: str) -> pd.Series: # by
     return frame[(frame.variant == variant) & (frame.metric == metric)].set_index("seed").value
 
 # %% ../../nbs/report/17_long_tailed.ipynb #fbf0e428
-def shift_name(gamma_unlabelled: float) -> str: # "forward, 50", "balanced" or "reversed, 50"
+def shift_name(gamma_unlabelled: float) -> str: # "forward, 50", "balanced, 1" or "reversed, 50"
     "What a ratio of the unlabelled images is called, where class 0 has most of the labelled ones."
-    if gamma_unlabelled == 1: return "balanced"
+    if gamma_unlabelled == 1: return "balanced, 1"
     return f"forward, {gamma_unlabelled:g}" if gamma_unlabelled > 1 else f"reversed, {1 / gamma_unlabelled:g}"
 
 # %% ../../nbs/report/17_long_tailed.ipynb #457da6a6
