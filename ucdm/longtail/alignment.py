@@ -10,6 +10,7 @@ from dataclasses import field
 
 from torch import Tensor
 
+from ..baselines.config import Fraction
 from ..baselines.semi_supervised import register
 from ..core.checked import settings
 from .class_distributions import log_ratio, smoothed
@@ -27,7 +28,7 @@ def aligned(f_w: Tensor, # logits of weak views [B, K]
 @settings
 class AlignedConfig(ShiftedConfig):
     "Settings of FixMatch with distribution alignment."
-    alpha_min: ShiftedConfig.__annotations__["alpha_min"] = 0.5 # exponent of the target's smoothing at the end
+    alpha_min: Fraction = 0.5 # exponent of the target's smoothing at the end
     logit_adjusted: bool = False # log pi is added to the logits in the labelled loss
     progressive: bool = field(default=False, metadata=dict(before=False)) # or log pi / pi_alpha, as UDAL does
 

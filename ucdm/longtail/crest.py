@@ -14,14 +14,16 @@ from annotated_types import Interval
 from fastcore.basics import patch
 from torch import Tensor
 
+from ..baselines.config import Fraction
 from ..baselines.learner import answers
-from ..baselines.mixmatch import MixMatch, MixMatchConfig, sharpen
+from ..baselines.mixmatch import MixMatchConfig, sharpen
 from ..baselines.semi_supervised import register
 from ..core.checked import Count, settings
 from ..core.randomness import generator
 from .alignment import aligned
-from .class_distributions import alpha_at, by_quota, put, ring_of, smoothed
-from .shifted import ShiftedConfig, ShiftedFixMatch
+from .class_distributions import alpha_at, by_quota, put, smoothed
+from .shifted import Power, ShiftedConfig, ShiftedFixMatch
+from .udal import EstimatingMixMatch
 
 # %% ../../nbs/longtail/09_crest.ipynb #9066a941
 def joining(n: Tensor, # images predicted as each class [K]
@@ -124,8 +126,8 @@ def warm_up(self: Generations) -> None:
 @settings
 class CReSTConfig(GenerationConfig, ShiftedConfig):
     "Settings of CReST."
-    alpha_min: ShiftedConfig.__annotations__["alpha_min"] = 1.0 # exponent of the smoothing in the last generation
-    power: ShiftedConfig.__annotations__["power"] = 1.0 # of its schedule over the generations
+    alpha_min: Fraction = 1.0 # exponent of the smoothing in the last generation
+    power: Power = 1.0 # of its schedule over the generations
 
 # %% ../../nbs/longtail/09_crest.ipynb #80435f0e
 @register("crest")
@@ -143,7 +145,7 @@ def _check_generations(c: GenerationConfig) -> None:
 @settings
 class CReSTPlusConfig(CReSTConfig):
     "Settings of CReST+."
-    alpha_min: ShiftedConfig.__annotations__["alpha_min"] = 0.5 # exponent of the smoothing in the last generation
+    alpha_min: Fraction = 0.5 # exponent of the smoothing in the last generation
 
     def __post_init__(self):
         super().__post_init__()
@@ -161,10 +163,10 @@ class CReSTPlus(CReST):
 @settings
 class MixMatchCReSTPlusConfig(GenerationConfig, MixMatchConfig):
     "Settings of CReST+ on MixMatch."
-    labels_per_class: ShiftedConfig.__annotations__["labels_per_class"] = None
-    ring: ShiftedConfig.__annotations__["ring"] = 128 # batches whose predictions are averaged
-    alpha_min: ShiftedConfig.__annotations__["alpha_min"] = 0.5 # exponent of the smoothing in the last generation
-    power: ShiftedConfig.__annotations__["power"] = 1.0 # of its schedule over the generations
+    labels_per_class: Count | None = None
+    ring: Count = 128 # batches whose predictions are averaged
+    alpha_min: Fraction = 0.5 # exponent of the smoothing in the last generation
+    power: Power = 1.0 # of its schedule over the generations
 
     def __post_init__(self):
         super().__post_init__()
@@ -172,17 +174,9 @@ class MixMatchCReSTPlusConfig(GenerationConfig, MixMatchConfig):
 
 # %% ../../nbs/longtail/09_crest.ipynb #e0e797c9
 @register("mixmatch_crest_plus")
-class MixMatchCReSTPlus(Generations, MixMatch):
+class MixMatchCReSTPlus(Generations, EstimatingMixMatch):
     "CReST+ on MixMatch."
     Config = MixMatchCReSTPlusConfig
-
-    def setup(self):
-        self.pi = torch.bincount(self.labels[self.labels >= 0], minlength=self.n_known).double()
-        self.pi /= self.pi.sum()
-        self.memory["q"] = ring_of(self.n_known, self.config.ring)
-
-    @property
-    def class_estimate(self) -> Tensor: return self.memory["q"].mean(0) # float64 [K]
 
     @property
     def weight(self) -> float:
@@ -193,9 +187,8 @@ class MixMatchCReSTPlus(Generations, MixMatch):
 @patch
 @torch.no_grad()
 def guess(self: MixMatchCReSTPlus, views: tuple[Tensor, ...]) -> Tensor: # [B, K]
-    "MixMatch's guess, aligned; the mean prediction behind it goes into the estimate."
-    p = torch.stack([self.model.closed_head(h).softmax(1) for h in self.features(*views)]).mean(0)
-    self._mean = p.mean(0)
+    "MixMatch's guess, aligned."
+    p = self.mean_prediction(views)
     p = aligned(p.clamp_min(1e-12).log(), smoothed(self.pi, self.alpha), self.class_estimate).softmax(1)
     return sharpen(p, self.config.temperature)
 

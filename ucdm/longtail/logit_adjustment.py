@@ -6,6 +6,7 @@
 __all__ = ['LogitAdjustedConfig', 'LogitAdjustedFixMatch']
 
 # %% ../../nbs/longtail/06_logit_adjustment.ipynb #2ee10ae5
+from ..baselines.config import Fraction
 from ..baselines.semi_supervised import register
 from ..core.checked import settings
 from .shifted import ShiftedConfig, ShiftedFixMatch
@@ -14,7 +15,7 @@ from .shifted import ShiftedConfig, ShiftedFixMatch
 @settings
 class LogitAdjustedConfig(ShiftedConfig):
     "Settings of FixMatch with logit adjustment in the labelled loss."
-    tau: ShiftedConfig.__annotations__["decay"] = 1.0 # how much of log pi is added
+    tau: Fraction = 1.0 # how much of log pi is added
 
 # %% ../../nbs/longtail/06_logit_adjustment.ipynb #3c280717
 @register("fixmatch_la")
