@@ -32,7 +32,7 @@ def _thumbnail(path, width, changed): # `changed`: a file that is written anew i
     return "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
 
 
-def thumbnail(path: Path, width: int = 400) -> str: # data URI; "" if there is no such figure
+def thumbnail(path: Path, width: int = 360) -> str: # data URI; "" if there is no such figure
     "A figure, small enough to live in the page."
     try: return _thumbnail(path, width, path.stat().st_mtime_ns)
     except Exception: return "" # Pillow raises a dozen kinds of errors for broken files
