@@ -4,7 +4,7 @@ from functools import lru_cache
 import psutil
 import pytest
 import torch
-from processes import kill_tree
+from processes import STARTED, kill_tree
 
 
 @pytest.fixture
@@ -32,6 +32,8 @@ def nothing_runs_on(request):
     if getattr(request.node, "went_wrong", False):
         for process in psutil.Process().children():
             if process.pid not in before: kill_tree(process.pid)
+        for child in STARTED:
+            if child.poll() is None: kill_tree(child.pid)
 
 
 @lru_cache

@@ -1,11 +1,9 @@
 """The compared methods as runs: killed and resumed, few images, wrong settings."""
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
-from processes import finish, read_until
+from processes import finish, python, read_until
 
 from ucdm.runs.registry import METHODS, get_method
 from ucdm.runs.spec import RunSpec
@@ -34,12 +32,7 @@ print("protocols", n, t.run(t.SPEC, {cache!r}, progress=False).protocols)
 
 
 def child(cache, stop=-1):
-    return subprocess.Popen(
-        [sys.executable, "-c", CHILD.format(tests=os.path.dirname(__file__), cache=str(cache), stop=stop)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return python("-c", CHILD.format(tests=os.path.dirname(__file__), cache=str(cache), stop=stop))
 
 
 def test_killed_and_resumed(tmp_path):

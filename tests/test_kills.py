@@ -5,7 +5,6 @@ to lose. UCDM_KILLS=20 kills each of the jobs so often.
 """
 import faulthandler
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -21,7 +20,7 @@ import nbformat
 import pytest
 import torch
 import yaml
-from processes import kill_tree
+from processes import CONTEXT, kill_tree
 from test_reproduce import notebook
 from test_runs import same_to_rounding
 from test_training import same_result, train
@@ -32,9 +31,7 @@ from ucdm.runs.spec import RunSpec
 
 KILLS = int(os.environ.get("UCDM_KILLS", 3))
 LIMIT = 240  # seconds for what takes ten
-pytestmark = [pytest.mark.timeout(600 + 60 * KILLS), pytest.mark.xdist_group("kills")]  # one fork server for all
-CONTEXT = multiprocessing.get_context("forkserver")  # a process for each start, without the imports of each
-CONTEXT.set_forkserver_preload(["ucdm.method.generate", "ucdm.runs.run", "ucdm.batch.cli", "ucdm.evaluation.metrics"])
+pytestmark = pytest.mark.timeout(600 + 60 * KILLS)
 CHANGES = {"open", "os.rename", "os.link", "os.remove", "os.truncate", "os.mkdir", "os.rmdir"}
 SEEDS = 24
 SPEC = RunSpec(

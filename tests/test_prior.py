@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from processes import finish, read_until
+from processes import finish, python, read_until
 from safetensors.torch import load_file, save_file
 
 import ucdm.diffusion.prior as prior_module
@@ -371,13 +371,9 @@ def pairs_command(store, processes=1, seeds=160):
         "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true",
     }
-    return subprocess.Popen(
-        [sys.executable, "-m", *(launcher if processes > 1 else []), *module],
-        env=alone,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    if processes == 1: return python("-m", *module, env=alone, merged=True)
+    command = [sys.executable, "-m", *launcher, *module]
+    return subprocess.Popen(command, env=alone, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def files(store):

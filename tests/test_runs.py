@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import finish, read_until
+from processes import finish, python, read_until
 
 from ucdm.diffusion import prior as prior_module
 from ucdm.data.datasets import load_dataset
@@ -82,11 +82,7 @@ def test_pairs_killed_and_resumed(tmp_path, prior, seeds, one_thread):
     what an undisturbed run gives; the third shard of negatives, made alone, to rounding.
     """
     store = tmp_path / "pairs"
-    child = subprocess.Popen(
-        [sys.executable, "-c", CHILD.format(tests=os.path.dirname(__file__), store=str(store))],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    child = python("-c", CHILD.format(tests=os.path.dirname(__file__), store=str(store)))
     read_until(child, lambda line: line.strip() == "positive 8")
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -9
@@ -183,12 +179,7 @@ print("balance", t.run(t.SPEC, {cache!r}, progress=False).protocols)
 
 
 def run_in_child(cache, stop=0):
-    return subprocess.Popen(
-        [sys.executable, "-c", RUN.format(tests=os.path.dirname(__file__), cache=str(cache), stop=stop)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return python("-c", RUN.format(tests=os.path.dirname(__file__), cache=str(cache), stop=stop))
 
 
 def test_run_killed_and_resumed(tmp_path):

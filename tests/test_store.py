@@ -3,13 +3,11 @@ import errno
 import hashlib
 import json
 import os
-import subprocess
-import sys
 from unittest.mock import patch
 
 import pytest
 import torch
-from processes import finish, read_until
+from processes import finish, python, ran, read_until
 from safetensors.torch import save
 from typer.testing import CliRunner
 
@@ -34,8 +32,7 @@ with PairStore(sys.argv[1]).lock():
 
 
 def command(*words):
-    call = [sys.executable, "-m", "ucdm.method.store_commands", *map(str, words)]
-    done = subprocess.run(call, capture_output=True, text=True)
+    done = ran("-m", "ucdm.method.store_commands", *words)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -46,7 +43,7 @@ def test_second_writer(tmp_path):
     """
     store = PairStore(tmp_path, SPEC)
     store.append([0, 1, 2, 3], IMAGES[:4])
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    holder = python("-c", HOLDER, tmp_path)
     try:
         read_until(holder, lambda line: line == "locked\n")
         assert torch.equal(store.load([3, 0]), IMAGES[[3, 0]])
@@ -106,15 +103,7 @@ def test_opened_at_the_same_time(tmp_path):
         "import sys, time, json; from ucdm.method.pair_store import PairStore\nfor i in range(200):\n    while time.time() "
         "% 0.05 > 0.01: pass\n    PairStore(f'{sys.argv[1]}/{i}', dict(kind='positive'))"
     )
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path)],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        for _ in range(3)
-    ]
+    processes = [python("-c", code, tmp_path) for _ in range(3)]
     printed = [finish(p)[1] for p in processes]
     assert not any(p.returncode for p in processes), printed
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["spec.json"] * 200
@@ -128,13 +117,7 @@ def test_begun_with_different_specifications(tmp_path):
         "except ValueError as e: assert 'another specification' in str(e), e"
     )
     processes = {
-        kind: subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path), kind],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        for kind in ("positive", "negative")
+        kind: python("-c", code, tmp_path, kind) for kind in ("positive", "negative")
     }
     for kind, p in processes.items():
         won = finish(p)[0].split()
@@ -289,8 +272,7 @@ with patch("fcntl.flock", side_effect=OSError(errno.ENOLCK, "No locks available"
 def test_several_writers_without_locks(tmp_path):
     "Each process writes to a part of its own; together they are one store."
     store = PairStore(tmp_path, SPEC)
-    calls = [[sys.executable, "-c", WRITER, str(tmp_path), str(a), str(a + 20)] for a in (0, 20, 40)]
-    writers = [subprocess.Popen(c) for c in calls]
+    writers = [python("-c", WRITER, tmp_path, a, a + 20) for a in (0, 20, 40)]
     for w in writers: finish(w)
     assert [w.returncode for w in writers] == [0] * 3
     assert store.load(range(60))[:, 0, 0, 0, 0].tolist() == list(range(60))

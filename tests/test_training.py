@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from processes import finish, read_until
+from processes import finish, python, read_until
 
 from ucdm.core.tensor_files import read_tensors, write_tensors
 from ucdm.method.classifier import UCDM
@@ -85,7 +85,7 @@ train({checkpoint!r}, callback)
 
 def child(checkpoint, pause=0., **env):
     code = CHILD.format(tests=os.path.dirname(__file__), checkpoint=str(checkpoint), pause=pause)
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=os.environ | env)
+    return python("-c", code, env=os.environ | env)
 
 
 def same_result(a, b):
