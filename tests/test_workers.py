@@ -146,8 +146,8 @@ def test_what_is_tried_again(cluster, tmp_path):
 
 
 def test_machines_that_join(cluster, tmp_path):
-    """While work goes on three machines join: one as it should be, one with other code, one that does not see the
-    folder. Only the first gets work; the others are named.
+    """While work goes on three machines of one card join: one as it should be, one with other code, one that does not
+    see the folder. Only the first gets work; the others are named.
     """
     from ucdm.runs.workers import run_tasks, workers
     changed, blind = tmp_path / "changed", tmp_path / "blind"
@@ -163,7 +163,7 @@ def test_machines_that_join(cluster, tmp_path):
     with workers(tmp_path) as crew, pytest.warns(UserWarning) as caught:
         before = {n["NodeID"] for n in crew.ray.nodes()}
         for first in ([changed], [blind, HERE], [HERE]):
-            added.append(cluster.add_node(**CARDS, env_vars=dict(PYTHONPATH=path_with(*first))))
+            added.append(cluster.add_node(**CARDS | dict(num_gpus=1), env_vars=dict(PYTHONPATH=path_with(*first))))
         try:
             began, late = time.monotonic(), set()
             while time.monotonic() - began < 240 and not (late and len(crew.refused) == 2):
