@@ -46,7 +46,7 @@ def table(text, first=""):
         elif set(cells[0]) <= set("-:") and cells[0]: continue
         elif re.fullmatch(r"\*.+\*", cells[0]): block = cells[0].strip("*")
         elif head[0].startswith(first):
-            rows.append(dict(zip(head, cells), name=re.sub(r" ?(\\\*|†|‡|\*)", "", cells[0]), block=block))
+            rows.append(dict(zip(head, cells), name=re.sub(r" ?(\\\*|†|‡|§|\*)", "", cells[0]), block=block))
     return rows
 
 
