@@ -137,10 +137,10 @@ def some_images(folder: Path | str) -> FoundFiles:
     "What `find_images` finds. FileNotFoundError if the folder is missing or holds no image."
     found = find_images(folder)
     if found.images: return found
-    others = "; ".join(f"{len(names)} {why}" for why, names in found.left_out.items())
+    others = "; ".join(f"{why} ({len(names):,})" for why, names in found.left_out.items())
     raise FileNotFoundError(
         f"{printable(folder)} holds no images; looked for {', '.join(EXTENSIONS)}, and for images "
-        f"under other names. {'It holds ' + others + '.' if others else 'It is empty.'} Give the folder that holds them."
+        f"under other names. {'Left out: ' + others + '.' if others else 'It is empty.'} Give the folder that holds them."
     )
 
 

@@ -96,7 +96,7 @@ def first_visible(im: Image.Image, options: PhotoOptions = PhotoOptions()) -> Im
     return first
 
 # %% ../../nbs/data/11_photographs.ipynb #2b11f01a
-_NOTES = {b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf", b"tIME", b"pHYs", b"sPLT", b"hIST"}
+_NOTES = {b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"tIME", b"pHYs", b"sPLT", b"hIST"}
 
 def _plain_png(data: bytes) -> bytes:
     "A PNG without what does not show."
