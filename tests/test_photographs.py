@@ -17,6 +17,7 @@ from PIL import Image, ImageFile, features
 from ucdm.core.files import printable
 from ucdm.data import own_folder, photographs
 from ucdm.data.class_names import check_class_names
+from ucdm.data.duplicates import find_duplicates, near_pairs
 from ucdm.data.folder import image_files, load_image_folder, load_unlabelled
 from ucdm.data.images import content_ids, decode
 from ucdm.data.own_folder import read_folder
@@ -331,6 +332,15 @@ def test_20_copies_and_sizes_are_shown(tmp_path):
                  "2 with a side below 32"):
         assert said in found.report()
     assert found.table()["copy of"].tolist() == ["", "a.png", "a.png", "", "", "e.png", "a.png"]
+
+
+def test_20_one_scene_all_day():
+    "Every image is a copy of every other: one group, and no comparison of all with all."
+    draw = np.random.default_rng(0)
+    frames = (draw.integers(0, 200, (3, 32, 32)) + draw.integers(-3, 4, (400, 3, 32, 32))).clip(0, 255).astype(np.uint8)
+    names = [f"{n}.jpg" for n in range(400)]
+    assert find_duplicates(names, names, frames).near == [tuple(names)]
+    assert len(near_pairs(frames)) <= 400 * 32
 
 
 # 21 to 24: what is not read into an image

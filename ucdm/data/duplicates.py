@@ -49,16 +49,19 @@ def _standard(small: np.ndarray) -> np.ndarray: # float32 [N, 3072]
 
 def near_pairs(small: Tensor | np.ndarray, # uint8 [N, 3, 32, 32]
                bits: int = BITS, correlation: float = CORRELATION,
+               most: int = 32, # others that an image is compared with pixel by pixel: those of the nearest hashes
               ) -> np.ndarray: # int64 [M, 2], positions, the first below the second
     "Images that look alike; images of one colour are like none."
     small = np.asarray(small)
+    if not len(small): return np.empty((0, 2), np.int64)
     parts = np.array_split(small, len(small) // 4096 + 1)
     signs = torch.from_numpy(np.concatenate([perceptual_bits(part) for part in parts]) * np.float32(2) - 1)
-    rows, found = max(1, 2**24 // max(1, len(small))), [] # 64 MB at a time
+    rows, found = max(1, 2**24 // len(small)), [] # 64 MB at a time
     for start in range(0, len(small), rows):
-        alike = signs[start:start + rows] @ signs[start:].T >= signs.shape[1] - 2 * bits
-        found.append(alike.triu(1).nonzero() + start)
-    pairs = torch.cat(found).numpy() if found else np.empty((0, 2), np.int64)
+        agree, other = (signs[start:start + rows] @ signs.T).topk(min(most + 1, len(small)))
+        own = torch.arange(start, start + len(other))[:, None].expand_as(other)
+        found.append(torch.stack([own, other], -1)[(agree >= signs.shape[1] - 2 * bits) & (own != other)])
+    pairs = torch.cat(found).sort(1).values.unique(dim=0).numpy()
     parts = np.array_split(pairs, len(pairs) // 4096 + 1)
     close = [np.einsum("nd,nd->n", *(_standard(small[p]) for p in part.T)) >= correlation for part in parts]
     return pairs[np.concatenate(close)]
