@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/app/17_overview.ipynb #ff842f9b
+# %% ../../nbs/app/17_overview.ipynb #25d3e329
 import importlib
 
 _ROOMS = dict(
     demo="demo_photos", fit="fitting", FitSettings="fit_settings", predict="predicting", evaluate="evaluating",
-    Model="model", write_page="gallery", table="predicting", answers="cut",
+    check="checking", export="exporting", review="reviewing", Model="model", read_labels="label_files",
+    write_page="gallery", table="predicting",
 )
 
 # %% ../../nbs/app/17_overview.ipynb #622b4fe5

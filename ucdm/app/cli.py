@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'FOLDER', 'CLASSES', 'PRIOR', 'SIZE', 'FIT', 'ALPHA', 'ON_ERROR', 'MAX_PIXELS', 'DEVICE', 'UNKNOWN', 'LABELS',
-           'MODEL', 'THRESHOLD', 'one_line', 'demo_command', 'fit_command', 'predict_command', 'evaluate_command',
-           'pairs_command', 'store_command', 'reproduce_command']
+           'MODEL', 'THRESHOLD', 'one_line', 'demo_command', 'fit_command', 'predict_command', 'check_command',
+           'evaluate_command', 'export_command', 'review_command', 'pairs_command', 'store_command',
+           'reproduce_command']
 
 # %% ../../nbs/app/16_cli.ipynb #4cef107a
 import sys
@@ -127,6 +128,30 @@ def predict_command(
         from ucdm.app.predicting import predict
         predict(model, folder, **options)
 
+# %% ../../nbs/app/16_cli.ipynb #3ec72b29
+@app.command("check", epilog="Example: `ucdm check photos T-shirt trouser --out check`")
+def check_command(
+    folder: Path = FOLDER,
+    classes: list[str] = CLASSES,
+    prior: str = PRIOR,
+    size: int = SIZE,
+    out: Path = typer.Option(None, help="folder for a sheet of pairs and the report", show_default=False),
+    pairs: int = typer.Option(20, help="pairs to make", min=1),
+    profile: str = typer.Option("quick", help="of the training whose time is estimated"),
+    fit: str = FIT,
+    alpha: str = ALPHA,
+    on_error: str = typer.Option("skip", help="at a photograph that cannot be read: skip it and say why, or stop"),
+    max_pixels: int = MAX_PIXELS,
+    device: str = DEVICE,
+):
+    "Look before hours: photographs, classes the generator knows, pairs, time and disk. Status 1 if there are warnings."
+    options = {k: v for k, v in locals().items() if k not in ("folder", "classes")}
+    with one_line("check"):
+        from ucdm.app.checking import check, describe
+        report = check(folder, classes, **options)
+        print(describe(report))
+    if report.warnings: raise typer.Exit(1)
+
 # %% ../../nbs/app/16_cli.ipynb #7ba478ae
 @app.command("evaluate", epilog="Example: `ucdm evaluate model photos/new_labels.csv`")
 def evaluate_command(
@@ -140,6 +165,29 @@ def evaluate_command(
     with one_line("evaluate"):
         from ucdm.app.evaluating import evaluate
         print(evaluate(model, labelled, threshold, max_pixels, device))
+
+# %% ../../nbs/app/16_cli.ipynb #c64e2e05
+@app.command("export", epilog="Example: `ucdm export model --onnx model.onnx`")
+def export_command(model: str = MODEL, onnx: Path = typer.Option(..., help="file to write")):
+    "Write a model as ONNX, checked against onnxruntime (an extra: `pip install 'ucdm[export]'`)."
+    with one_line("export"):
+        from ucdm.app.exporting import export
+        say(f"{onnx}: probabilities differ from the model's by {export(model, onnx):.1e} at most")
+
+# %% ../../nbs/app/16_cli.ipynb #2445938f
+@app.command("review", epilog="Example: `ucdm review model photos/new`, then `ucdm fit ... --labels corrections.csv`")
+def review_command(
+    model: str = MODEL,
+    folder: Path = FOLDER,
+    out: Path = typer.Option("corrections.csv", help="file for what you say of the photographs"),
+    port: int = typer.Option(7860, help="of this machine, for the browser"),
+    on_error: str = typer.Option("skip", help="at a photograph that cannot be read: skip it, or stop"),
+    device: str = DEVICE,
+):
+    "Correct the most uncertain answers in a browser window (an extra: `pip install 'ucdm[review]'`)."
+    with one_line("review"):
+        from ucdm.app.reviewing import review
+        review(model, folder, out, port, on_error, device)
 
 # %% ../../nbs/app/16_cli.ipynb #609a65c3
 _ELSEWHERE = dict(add_help_option=False, context_settings=dict(allow_extra_args=True, ignore_unknown_options=True))

@@ -20,7 +20,7 @@ from ..data.own_folder import FolderImages, read_folder
 from ..diffusion.prior import Prior
 from ..method.generate import content_ids
 
-# %% ../../nbs/app/07_photographs.ipynb #9c3eae71
+# %% ../../nbs/app/07_photographs.ipynb #adb40e23
 @dataclass
 class Photographs:
     "What is learnt from: the photographs of a folder, then labelled ones that lie elsewhere."
@@ -30,6 +30,7 @@ class Photographs:
     labels: Tensor # int64 [N]: 0 to K - 1, K for "other", -1 for no label
     skipped: list # what could not be read, and why
     left_out: int = 0 # photographs that `.ucdmignore` names
+    report: str = "" # what was read, skipped and left out, and why
 
     def __len__(self): return len(self.images)
     def __repr__(self):
@@ -46,7 +47,7 @@ def _without_ignored(found: FolderImages) -> tuple[list[int], int]: # positions 
     if not stay: raise ValueError(f"folder: the .ucdmignore of {found.folder} leaves no photograph; remove a pattern.")
     return stay, len(ignored)
 
-# %% ../../nbs/app/07_photographs.ipynb #fd860649
+# %% ../../nbs/app/07_photographs.ipynb #cda21227
 def read_photographs(folder: Path | str, classes: tuple[str, ...],
                      s: FitSettings = FitSettings(), # size and all about reading
                      labels: Path | str | None = None, # a CSV with the columns file and label
@@ -61,7 +62,7 @@ def read_photographs(folder: Path | str, classes: tuple[str, ...],
     images = [found.images[torch.tensor(stay)], *(torch.from_numpy(decode(p, s.size, s.max_pixels))[None] for p in more)]
     labelled = torch.tensor([numbers.get(p.resolve(), -1) for p in [*paths, *more]])
     names = [found.names[n] for n in stay] + [str(p) for p in more]
-    return Photographs(torch.cat(images), [*paths, *more], names, labelled, found.skipped, left_out)
+    return Photographs(torch.cat(images), [*paths, *more], names, labelled, found.skipped, left_out, found.report())
 
 # %% ../../nbs/app/07_photographs.ipynb #95e9d73a
 class SharpPrior(Prior):
