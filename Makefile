@@ -73,10 +73,11 @@ lab: $(READY) ## JupyterLab on the notebooks, saved clean
 bench: $(READY) ## speeds on this machine
 	$(BIN)/python -m ucdm.dev.bench $(ARGS)
 	$(BIN)/python -m ucdm.dev.bench_store
+	$(BIN)/python -m ucdm.dev.bench_reading
 
 lock: ## requirements.lock from settings.ini; ARGS=--upgrade takes the newest versions
 	@$(uv); UV_CUSTOM_COMPILE_COMMAND="make lock" $$uv pip compile -q --universal --python-version 3.10 \
-	  --extra dev --extra cluster --no-emit-index-url --no-emit-find-links --annotation-style line \
+	  --extra dev --extra cluster --extra heic --no-emit-index-url --no-emit-find-links --annotation-style line \
 	  -o requirements.lock setup.py $(ARGS)
 
 hooks: $(READY) ## let git merge notebooks cell by cell (nbdev_merge) in this clone

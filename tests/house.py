@@ -503,7 +503,7 @@ def undeclared(root):
     if not (lists := requirements(root)): return []
     known, (users, developers) = packages_distributions(), needed(root)
     def names(package): return {normal(name) for name in known.get(package, [package])}
-    theirs = lists.get("requirements", set()) | lists.get("cluster_requirements", set())
+    theirs = set().union(*(required for kind, required in lists.items() if kind != "dev_requirements")) # extras too
     problems = [
         f"{place(file, root)}: {package} is not among the {kind} of settings.ini"
         for imports, required, kind in ((users, theirs, "requirements"),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WEAK', 'recognised', 'Report', 'describe', 'check']
 
-# %% ../../nbs/app/13_checking.ipynb #493ef7e2
+# %% ../../nbs/app/13_checking.ipynb #49aa5e3c
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +24,7 @@ from ..core.checked import check_fields
 from ..core.files import atomic_json, write_atomic
 from ..core.progress import human_time
 from ..data.class_names import check_class_names
-from ..data.folder import image_files
+from ..data.image_files import image_files
 from ..data.images import ImageSet
 from ..diffusion.captions import foreign_words, learnt_classes
 from ..diffusion.prior import load_prior, Prior, sample_images

@@ -55,7 +55,7 @@ def group_metrics(probs: Tensor, # [N, K + 1]
     balance = statistics.mean(found.values()) - spread
     return found | dict(balance=balance, auroc=auroc_known_vs_other(probs, labels), ece=ece(probs, labels))
 
-# %% ../../nbs/app/11_evaluating.ipynb #444f0ecd
+# %% ../../nbs/app/11_evaluating.ipynb #61690eb3
 def _labelled(model: Model, labelled: Path, max_pixels) -> tuple[Tensor, Tensor, list[str], list[str]]:
     "Images, numbers, labels as written, and groups, of a CSV or of a folder with a sub-folder a class."
     if labelled.is_dir():
@@ -67,7 +67,7 @@ def _labelled(model: Model, labelled: Path, max_pixels) -> tuple[Tensor, Tensor,
         numbers = torch.tensor([label_number(w, model.classes, strict=False) for w in written])
         return found.images, numbers, written, [""] * len(written)
     known = read_labels(labelled)
-    return *labelled_images(model, known), [k.label for k in known], [k.group for k in known]
+    return *labelled_images(model, known, max_pixels), [k.label for k in known], [k.group for k in known]
 
 # %% ../../nbs/app/11_evaluating.ipynb #18393f9a
 def evaluate(model: Model | Path | str, # a model, or what `Model.load` takes

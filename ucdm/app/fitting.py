@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_words', 'train_sized', 'split_held_out', 'pair_temperature', 'specification', 'Job', 'fit']
 
-# %% ../../nbs/app/09_fitting.ipynb #38af762f
+# %% ../../nbs/app/09_fitting.ipynb #04dc0a47
 import hashlib, time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +26,7 @@ from ..core.progress import human_time, say
 from ..core.randomness import generator
 from ..core.tensor_files import read_tensors
 from ..data.class_names import check_class_names
-from ..data.folder import image_files
+from ..data.image_files import image_files
 from ..data.images import ImageSet
 from ..diffusion.captions import foreign_words, learnt_classes
 from ..diffusion.prior import load_prior, Prior
@@ -214,7 +214,7 @@ def _model(job: Job, began: float, progress: bool) -> Model:
     model.sheet = pair_sheet(found.images, pairs)
     return model
 
-# %% ../../nbs/app/09_fitting.ipynb #e00be55f
+# %% ../../nbs/app/09_fitting.ipynb #7101432a
 def fit(folder: Path | str, # of unlabelled photographs
         classes: Sequence[str], # names of the classes you care about
         out: Path | str, # folder of the model
@@ -236,7 +236,7 @@ def fit(folder: Path | str, # of unlabelled photographs
     prior = load_prior(s.prior, device)
     check_words(prior, classes, s.unknown_words)
     found = read_photographs(folder, classes, s, labels)
-    tell(f"{folder}: {found!r}")
+    tell(found.report)
     prior = sharp(prior, found, s)
     job = Job(found, classes, prior, s, specification(found, classes, prior, s), work, device, tell)
     if model := _finished(out, job.spec): return model

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['THUMB', 'thumb_name', 'write_thumbs', 'page_data', 'polyline', 'curves', 'facts', 'write_page']
 
-# %% ../../nbs/app/12_gallery.ipynb #c84ab377
+# %% ../../nbs/app/12_gallery.ipynb #d297f014
 import base64, hashlib, json, os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from urllib.parse import quote
@@ -24,7 +25,7 @@ from .model import SHEET
 from .network import network_name
 from .predicting import Answers
 from ..core.files import ASSETS, write_atomic
-from ..data.images import decode
+from ..data.photographs import PhotoOptions, read_photograph
 
 # %% ../../nbs/app/12_gallery.ipynb #8182aa79
 THUMB = 144 # pixels, at most
@@ -35,26 +36,25 @@ def thumb_name(path: Path) -> str: # such as "3f/0a12b4c5d6.webp"
     digest = hashlib.sha256(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}".encode("utf-8", "surrogateescape"))
     return f"{digest.hexdigest()[:2]}/{digest.hexdigest()[2:14]}.webp"
 
-# %% ../../nbs/app/12_gallery.ipynb #698ee024
-def _thumb(folder: Path, image: np.ndarray, max_pixels, item: tuple[Path, int]) -> None: # item: file, its shorter side
-    "Write a thumbnail, unless it is there; `image` stands for what cannot be decoded."
+# %% ../../nbs/app/12_gallery.ipynb #9ced39f2
+def _thumb(folder: Path, options: PhotoOptions, item: tuple[Path, int]) -> None: # item: file, its shorter side
+    "Write a thumbnail, unless it is there; a grey one for a file that is gone."
     path, side = item
     to = folder / thumb_name(path)
     if to.exists(): return
-    try: picture = decode(path, max(16, min(THUMB, side)), max_pixels)
-    except Exception: picture = image # Pillow raises a dozen kinds of errors
+    try: picture = read_photograph(path, replace(options, size=max(16, min(THUMB, side)))).pixels
+    except Exception: picture = np.full((3, 32, 32), 200, np.uint8) # Pillow raises a dozen kinds of errors
     to.parent.mkdir(parents=True, exist_ok=True)
     partial = to.with_suffix(f".{os.getpid()}.partial")
     Image.fromarray(picture.transpose(1, 2, 0)).save(partial, "WEBP", quality=82, method=2)
     os.replace(partial, to)
 
-# %% ../../nbs/app/12_gallery.ipynb #d31a71ff
+# %% ../../nbs/app/12_gallery.ipynb #a1d513fe
 def write_thumbs(a: Answers, folder: Path) -> list[str]: # names below `folder`
     "A thumbnail of each photograph, in threads, with a bar once it takes longer than 3 seconds."
     sides = a.found.sizes.amin(1).tolist()
-    grey = np.full((3, 32, 32), 200, np.uint8)
     with ThreadPoolExecutor() as pool:
-        work = pool.map(partial(_thumb, folder, grey, None), zip(a.found.paths, sides))
+        work = pool.map(partial(_thumb, folder, a.found.options), zip(a.found.paths, sides))
         for _ in tqdm(work, "thumbnails", len(a), unit="photograph", delay=3, leave=False): pass
     return [thumb_name(p) for p in a.found.paths]
 

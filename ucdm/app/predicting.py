@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Answers', 'table', 'write_csv', 'folder_name', 'sort_into', 'labelled_images', 'predict']
 
-# %% ../../nbs/app/10_predicting.ipynb #936e8efa
+# %% ../../nbs/app/10_predicting.ipynb #4aa3868b
 import io, os, shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,11 +18,12 @@ from torch import Tensor
 from .cut import answers, certainty, fit_temperature, Fraction, tempered, threshold_for_precision, threshold_for_rate
 from .label_files import label_number, Labelled, read_labels
 from .model import Model
+from .photographs import pixels_of
 from ..core.checked import checked
 from ..core.files import write_atomic
 from ..core.progress import say
-from ..data.images import decode
 from ..data.own_folder import FolderImages, read_folder
+from ..data.photographs import PhotoOptions
 
 # %% ../../nbs/app/10_predicting.ipynb #0610f9bd
 @dataclass
@@ -98,10 +99,12 @@ def _check_cut(reject_rate, threshold, target_precision, labels) -> None:
     if target_precision is not None and not labels:
         raise ValueError("target_precision needs labelled photographs; give a CSV with the columns file and label.")
 
-# %% ../../nbs/app/10_predicting.ipynb #6d95a6c0
-def labelled_images(model: Model, known: list[Labelled]) -> tuple[Tensor, Tensor]: # uint8 [n, 3, size, size]; int64 [n]
+# %% ../../nbs/app/10_predicting.ipynb #8e18ae4e
+def labelled_images(model: Model, known: list[Labelled], max_pixels: int | None = None,
+                   ) -> tuple[Tensor, Tensor]: # uint8 [n, 3, size, size]; int64 [n]
     "Labelled photographs as the model takes them, and their numbers (K: \"other\")."
-    images = [torch.from_numpy(decode(entry.path, model.size)) for entry in known]
+    options = PhotoOptions(model.size, model.fit, model.alpha, max_pixels)
+    images = [pixels_of(entry.path, options) for entry in known]
     return torch.stack(images), torch.tensor([label_number(entry.label, model.classes, strict=False) for entry in known])
 
 # %% ../../nbs/app/10_predicting.ipynb #01a98359
@@ -153,9 +156,10 @@ def predict(model: Model | Path | str, # a model, or what `Model.load` takes
     _write(a, csv, sort_into, page, say if progress else (lambda line: None))
     return a
 
-# %% ../../nbs/app/10_predicting.ipynb #8565f231
+# %% ../../nbs/app/10_predicting.ipynb #fc66092d
 def _write(a: Answers, csv, folder, page, tell: Callable) -> None:
     "Write what was asked for."
+    tell(a.found.report())
     tell(repr(a))
     if csv:
         write_csv(a, csv)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NO_LOCKS', 'PACKAGE', 'ASSETS', 'write_atomic', 'clear_partials', 'canonical', 'atomic_json', 'CorruptResult',
-           'checked_json', 'NoLocks', 'locked', 'check_one_writer']
+           'checked_json', 'NoLocks', 'locked', 'check_one_writer', 'printable']
 
 # %% ../../nbs/core/01_files.ipynb #0890a026
-import errno, hashlib, json, math, os, platform, shutil, uuid
+import errno, hashlib, json, math, os, platform, shutil, unicodedata, uuid
 from contextlib import contextmanager, suppress
 from importlib.resources import files
 from pathlib import Path
@@ -176,6 +176,13 @@ def check_one_writer(jobs: int) -> None:
     "ValueError if several processes are to write where one has said that it is alone."
     if jobs > 1 and os.environ.get("UCDM_ONE_WRITER") == "1":
         raise ValueError(f"UCDM_ONE_WRITER=1 says that one process writes, but {jobs} would: set the number of jobs to 1.")
+
+# %% ../../nbs/core/01_files.ipynb #7d240002
+def printable(text: str | Path) -> str:
+    "A name, or a text with names in it, that can be written as one line of UTF-8: other bytes as \\xe9, control as \\n."
+    text = str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    odd = {c for c in text if unicodedata.category(c) in ("Cc", "Zl", "Zp")}
+    return text.translate({ord(c): c.encode("unicode_escape").decode() for c in odd})
 
 # %% ../../nbs/core/01_files.ipynb #cb669876
 PACKAGE = Path(str(files("ucdm")))

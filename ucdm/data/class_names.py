@@ -103,6 +103,8 @@ def _class_name(name) -> str:
     "One name, trimmed. TypeError or ValueError if it is none."
     if not isinstance(name, str): raise TypeError(f"class names must be strings, got {name!r}.")
     if not name.strip(): raise ValueError(f"class names must not be empty, got {name!r}; leave it out.")
+    if name.strip().casefold() == "other":
+        raise ValueError(f"{name!r} is what belongs to none of the classes; leave it out, it is answered anyway.")
     try: name.encode()
     except UnicodeEncodeError:
         raise ValueError(
@@ -115,8 +117,11 @@ def check_class_names(names: Sequence[str], # as someone wrote them
                      ) -> tuple[str, ...]: # trimmed
     """Names that will do for classes; a warning if two differ in nothing but capital letters.
 
-    ValueError if there are none, if one is empty, or if two are the same; TypeError if one is no string.
+    ValueError if there are none, if one is empty or "other", if two are the same, or for a set, which has no order;
+    TypeError if one is no string.
     """
+    if isinstance(names, (set, frozenset)):
+        raise ValueError(f"classes must be a list, since its order numbers the classes; got {names!r}, which has none.")
     if isinstance(names, str) or not len(names):
         raise ValueError(f"classes must be a list of one or more different names, got {names!r}.")
     found, seen = tuple(map(_class_name, names)), {}

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['IMAGES_PER_CLASS', 'CIFAR', 'SPLIT_NAMES', 'LAYOUTS', 'TINY_URL', 'TINY_MD5', 'MEDIAN_HASHES', 'HALVES',
-           'download_dataset', 'pixel_hash', 'halve', 'read_dataset', 'load_dataset']
+           'download_dataset', 'halve', 'read_dataset', 'load_dataset']
 
 # %% ../../nbs/data/06_datasets.ipynb #1ca80b0f
-import hashlib, tempfile
+import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +21,7 @@ from ..core.files import ASSETS
 from .class_names import CLASSES, match_classes, TINY_WORDS
 from .embedded import data_root
 from .folder import load_image_folder
-from .images import decode_images, ImageSet
+from .images import decode_images, ImageSet, pixel_hash
 from .parquet import load_parquet, parquet_files
 
 # %% ../../nbs/data/06_datasets.ipynb #0754febf
@@ -122,12 +122,6 @@ def download_dataset(dataset: str, # "cifar10", "cifar100" or "tiny-imagenet"
             f"{dataset} could not be downloaded to {folder} ({e}). Give a local copy as root, or set UCDM_DATA "
             f"to a folder that holds {dataset}/."
         ) from None
-
-# %% ../../nbs/data/06_datasets.ipynb #35e469e4
-def pixel_hash(image: Tensor, # uint8 [3, H, W]
-              ) -> str: # 64 hexadecimal digits
-    "SHA-256 of the pixels: colour by colour, row by row."
-    return hashlib.sha256(image.contiguous().numpy()).hexdigest()
 
 # %% ../../nbs/data/06_datasets.ipynb #b51b690a
 # of each class's training images

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMPILE_FROM', 'MAKES_PAIRS', 'BY_CONTENT', 'app', 'evaluations', 'images_per_shard', 'pair_stores', 'fill_stores',
-           'check_generator', 'content_ids', 'generate_pairs', 'main']
+           'check_generator', 'generate_pairs', 'main']
 
 # %% ../../nbs/method/09_generate.ipynb #4eb6ee7d
 import sys
@@ -26,9 +26,9 @@ from ..core.checked import checked, Count, nearest
 from ..core.device import process_group
 from ..core.source import source_hash
 from ..data.class_names import check_class_names, CLASSES
-from ..data.datasets import load_dataset, pixel_hash
-from ..data.folder import load_unlabelled
-from ..data.images import ImageSet
+from ..data.datasets import load_dataset
+from ..data.own_folder import load_unlabelled
+from ..data.images import content_ids, ImageSet
 from ..diffusion.captions import check_prompts
 from ..diffusion.prior import load_prior, Prior
 from ..diffusion.schedule import grid_pair
@@ -210,11 +210,6 @@ def _checked_names(prior, classes: Sequence[str], config: PairConfig) -> tuple[s
 
 # %% ../../nbs/method/09_generate.ipynb #4e3e0033
 BY_CONTENT = "ids are hashes of the pixels" # in place of a data set's fingerprint
-
-def content_ids(images: Tensor, # uint8 [N, 3, H, W]
-               ) -> list[int]: # of 63 bits
-    "Ids of images by their pixels: an image has the same one in whatever set it is."
-    return [int(pixel_hash(x)[:16], 16) >> 1 for x in images]
 
 # %% ../../nbs/method/09_generate.ipynb #4e3e0035
 def _distinct(seeds: ImageSet, ids: Sequence[int]) -> tuple[list[int], list[int], ImageSet]:
