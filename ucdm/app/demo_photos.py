@@ -60,9 +60,9 @@ def _door(folder: Path) -> None:
     if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not (folder / LABELS_FILE).is_file():
         raise ValueError(f"folder: {folder} is there already and holds something else; give the name of a new folder.")
 
-# %% ../../nbs/app/02_demo_photos.ipynb #0c942a92
+# %% ../../nbs/app/02_demo_photos.ipynb #69f6776d
 def demo(folder: Path | str, # a new folder
-         photos: int = 400, # to learn from; 60 % of them are of unknown classes
+         photos: int = 300, # to learn from; 60 % of them are of unknown classes
          new: int = 100, # to predict, of each group: known, unknown and new classes
          seed: int = 0, # of the draw
         ) -> Path: # the folder

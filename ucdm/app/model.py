@@ -30,9 +30,9 @@ from ..method.pseudo_labels import other_driven
 from ..method.train_config import PRECISIONS, TrainConfig
 from ..method.two_head_wideresnet import normalise
 
-# %% ../../nbs/app/05_model.ipynb #eceecad8
+# %% ../../nbs/app/05_model.ipynb #ceb5cb43
 class Model(nn.Module, PyTorchModelHubMixin):
-    """A classifier of K classes and "other" for photographs; made by `ucdm.app.fit`, read by `Model.load`.
+    """A classifier of K classes and "other" for photographs; made by `ucdm.app.fitting.fit`, read by `Model.load`.
 
     `about` holds where the model comes from: specification, random seeds, versions, commit, device, duration; `history`
     its training, a list for each quantity.
