@@ -67,7 +67,7 @@ def model(photos):
     "A model fitted by the command, beside the photographs."
     status, said, wrong = ucdm("fit", photos, *CLASSES, "--out", photos.parent / "model", "--device", "cpu")
     assert status == 0, wrong
-    assert "24 images" in said and "T-shirt" in said
+    assert "not learnt from: 12 that .ucdmignore names" in said and "T-shirt" in said
     return photos.parent / "model"
 
 
@@ -359,7 +359,9 @@ def test_review_goes_on_and_is_learnt_from(photos, model, tmp_path):
 
 # The command
 
-def test_check_warns_with_status_1(photos, tmp_path):
+def test_check_warns_with_status_1(photos, tmp_path, monkeypatch):
+    known = ucdm_app.checking.recognised
+    monkeypatch.setattr(ucdm_app.checking, "recognised", lambda *a: known(*a, n=1, draws=2, steps=2))
     status, said, wrong = ucdm("check", photos, *CLASSES, "--pairs", 2, "--out", tmp_path / "check", "--device", "cpu")
     assert status == 1 and "pairs at" in said and "warning: 24 photographs are few" in said, wrong
     report = json.loads((tmp_path / "check" / "report.json").read_text(encoding="utf-8"))

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from ..core.checked import checked
 
-# %% ../../nbs/app/04_cut.ipynb #28427dc6
+# %% ../../nbs/app/04_cut.ipynb #55519a2c
 def answers(probs: Tensor, # of K classes and "other" [N, K + 1]
             threshold: float | None = None, # None: UCDM's own rule
            ) -> Tensor: # int64 [N], K is "other"
     "One answer an image."
     if threshold is None: return probs.argmax(1)
-    score, best = probs[:, :-1].max(1)
+    score, best = probs[:, :-1].double().max(1) # as precise as the threshold
     return torch.where(score >= threshold, best, probs.shape[1] - 1)
 
 # %% ../../nbs/app/04_cut.ipynb #200a21f0

@@ -47,6 +47,11 @@ def _without_ignored(found: FolderImages) -> tuple[list[int], int]: # positions 
     if not stay: raise ValueError(f"folder: the .ucdmignore of {found.folder} leaves no photograph; remove a pattern.")
     return stay, len(ignored)
 
+# %% ../../nbs/app/07_photographs.ipynb #d6716ef5
+def _report(found: FolderImages, left_out: int) -> str:
+    "What was read, skipped and left out, and why."
+    return found.report() + (f"\n  not learnt from: {left_out:,} that .ucdmignore names" if left_out else "")
+
 # %% ../../nbs/app/07_photographs.ipynb #ba22ad56
 def pixels_of(path: Path, options: PhotoOptions) -> Tensor: # uint8 [3, size, size]
     "One photograph as a square. ValueError for one that cannot be read."
@@ -60,7 +65,7 @@ def labelled_images(known: list[Labelled], classes: tuple[str, ...], options: Ph
     images = torch.stack([pixels_of(entry.path, options) for entry in known])
     return images, torch.tensor([label_number(entry.label, classes, strict=False) for entry in known])
 
-# %% ../../nbs/app/07_photographs.ipynb #a50412d0
+# %% ../../nbs/app/07_photographs.ipynb #c287d672
 def read_photographs(folder: Path | str, classes: tuple[str, ...],
                      s: FitSettings = FitSettings(), # size and all about reading
                      labels: Path | str | None = None, # a CSV with the columns file and label
@@ -75,7 +80,7 @@ def read_photographs(folder: Path | str, classes: tuple[str, ...],
     images = [found.images[torch.tensor(stay)], *(pixels_of(p, found.options)[None] for p in more)]
     labelled = torch.tensor([numbers.get(p.resolve(), -1) for p in [*paths, *more]])
     names = [found.names[n] for n in stay] + [str(p) for p in more]
-    return Photographs(torch.cat(images), [*paths, *more], names, labelled, found.skipped, left_out, found.report())
+    return Photographs(torch.cat(images), [*paths, *more], names, labelled, found.skipped, left_out, _report(found, left_out))
 
 # %% ../../nbs/app/07_photographs.ipynb #db5eebc2
 class SharpPrior(Prior):

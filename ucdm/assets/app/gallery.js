@@ -154,7 +154,10 @@ $("search").oninput = soon;
 $("sort").onchange = draw;
 $("zoom").oninput = () => $("grid").style.setProperty("--side", $("zoom").value + "px");
 data.answers.forEach((name, k) => { const o = make("option", "", "most like " + name); o.value = k; $("sort").append(o) });
-for (const b of $("tabs").children) b.onclick = () => {
-  for (const e of document.querySelectorAll("#tabs button, .tab")) e.classList.toggle("on", e === b || e.id === b.dataset.tab);
+const turn = name => {
+  if (!document.querySelector(`#tabs [data-tab="${CSS.escape(name)}"]`)) return;
+  for (const e of document.querySelectorAll("#tabs button, .tab")) e.classList.toggle("on", (e.dataset.tab || e.id) === name);
 };
+for (const b of $("tabs").children) b.onclick = () => { turn(b.dataset.tab); history.replaceState(null, "", "#" + b.dataset.tab) };
+turn(location.hash.slice(1));
 cut(); keep(); draw();
