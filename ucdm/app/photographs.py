@@ -52,10 +52,10 @@ def _report(found: FolderImages, left_out: int) -> str:
     "What was read, skipped and left out, and why."
     return found.report() + (f"\n  not learnt from: {left_out:,} that .ucdmignore names" if left_out else "")
 
-# %% ../../nbs/app/07_photographs.ipynb #ba22ad56
+# %% ../../nbs/app/07_photographs.ipynb #313886bd
 def pixels_of(path: Path, options: PhotoOptions) -> Tensor: # uint8 [3, size, size]
     "One photograph as a square. ValueError for one that cannot be read."
-    try: return torch.from_numpy(read_photograph(path, options).pixels)
+    try: return torch.tensor(read_photograph(path, options).pixels)
     except Exception as e: raise ValueError(f"{printable(path)}: {why_not(e, path)}.") from None
 
 # %% ../../nbs/app/07_photographs.ipynb #6fc4b417

@@ -158,6 +158,6 @@ const turn = name => {
   if (!document.querySelector(`#tabs [data-tab="${CSS.escape(name)}"]`)) return;
   for (const e of document.querySelectorAll("#tabs button, .tab")) e.classList.toggle("on", (e.dataset.tab || e.id) === name);
 };
-for (const b of $("tabs").children) b.onclick = () => { turn(b.dataset.tab); history.replaceState(null, "", "#" + b.dataset.tab) };
-turn(location.hash.slice(1));
+for (const b of $("tabs").children) b.onclick = () => { turn(b.dataset.tab); history.replaceState(null, "", "#tab-" + b.dataset.tab) };
+turn(location.hash.replace("#tab-", ""));
 cut(); keep(); draw();
