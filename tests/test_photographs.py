@@ -17,6 +17,7 @@ from PIL import Image, ImageFile, features
 from ucdm.core.files import printable
 from ucdm.data import own_folder, photographs
 from ucdm.data.class_names import check_class_names
+from ucdm.data.duplicates import find_duplicates, near_pairs
 from ucdm.data.folder import image_files, load_image_folder, load_unlabelled
 from ucdm.data.images import content_ids, decode
 from ucdm.data.own_folder import read_folder
@@ -333,6 +334,15 @@ def test_20_copies_and_sizes_are_shown(tmp_path):
     assert found.table()["copy of"].tolist() == ["", "a.png", "a.png", "", "", "e.png", "a.png"]
 
 
+def test_20_one_scene_all_day():
+    "Every image is a copy of every other: one group, and no comparison of all with all."
+    draw = np.random.default_rng(0)
+    frames = (draw.integers(0, 200, (3, 32, 32)) + draw.integers(-3, 4, (400, 3, 32, 32))).clip(0, 255).astype(np.uint8)
+    names = [f"{n}.jpg" for n in range(400)]
+    assert find_duplicates(names, names, frames).near == [tuple(names)]
+    assert 4000 < len(near_pairs(frames)) <= 400 * 32
+
+
 # 21 to 24: what is not read into an image
 
 def test_21_names_are_no_labels(tmp_path):
@@ -412,20 +422,26 @@ def test_large_jpegs_are_decoded_small(tmp_path, monkeypatch):
 
 
 def test_memory_of_threads_is_bounded(tmp_path, monkeypatch):
-    "What is decoded at the same time needs no more than the limit; what alone needs more is alone."
+    "What is decoded at the same time needs no more than the limit; what needs more than half of it comes last, alone."
     at_once, most, busy = [], [], threading.Lock()
     def watched(im, options):
+        need = 12 * im.width * im.height, threading.current_thread() is threading.main_thread()
         with busy:
-            at_once.append(12 * im.width * im.height)
+            at_once.append(need)
             most.append(list(at_once))
         time.sleep(0.005)
-        with busy: at_once.remove(12 * im.width * im.height)
+        with busy: at_once.remove(need)
         return im.convert("RGB")
     monkeypatch.setattr(own_folder, "DECODING_MEMORY", 12 * 5000)
     monkeypatch.setattr(photographs, "first_visible", watched)
-    for i in range(24): write(tmp_path, **{f"{i:02}.png": encoded(Image.new("RGB", ((i % 6 == 3) * 200 + 40, 40), (i, 0, 0)))})
-    assert read_folder(tmp_path).images[:, 0, 0, 0].tolist() == list(range(24))
-    assert max(map(len, most)) > 1 and all(len(m) == 1 or sum(m) <= 12 * 5000 for m in most)
+    for i in range(24):
+        im = Image.new("RGB", ((i % 6 == 3) * 200 + 40, 40), (i, 0, 0))
+        write(tmp_path, **{f"{i:02}.png": encoded(im)[:-30] if i == 9 else encoded(im)})
+    found = read_folder(tmp_path, on_error="skip")
+    assert found.images[:, 0, 0, 0].tolist() == [i for i in range(24) if i != 9] and found.skipped[0].name == "09.png"
+    assert max(map(len, most)) > 1 and all(sum(need for need, _ in m) <= 12 * 5000 for m in most if len(m) > 1)
+    alone = [m for m in most if m[0][1]] # the broken one twice: a PNG is tried again without its notes
+    assert alone == most[-5:] == [[(12 * 240 * 40, True)]] * 5
 
 
 def test_interrupted(tmp_path, monkeypatch):

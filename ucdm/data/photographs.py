@@ -150,7 +150,7 @@ def _read(source: bytes | Path, options: PhotoOptions, hold) -> Photograph:
         im.draft(None, (options.draft_side or max(256, 2 * options.size),) * 2)
         with hold(_bytes_needed(im, width * height)):
             rgb = first_visible(im, options)
-            small = rgb.resize((SMALL, SMALL), Image.Resampling.BOX)
+            small = rgb.resize((SMALL, SMALL), Image.Resampling.BOX, reducing_gap=2)
             square, small = (np.asarray(x).transpose(2, 0, 1) for x in (to_square(rgb, options), small))
         return Photograph(square, *((height, width) if orientation(im) > 4 else (width, height)), small)
 
