@@ -118,7 +118,8 @@ def test_stopped_in_the_middle_it_goes_on(photos, model, tmp_path, monkeypatch):
 
 def test_labels_are_learnt_from(photos, model, tmp_path):
     "Corrections of other photographs join; what they say stays, and the model is another one."
-    (tmp_path / "c.csv").write_text(f"file,label\n{photos / 'new' / 'photo_0001.jpg'},trouser\n{photos / 'photo_0001.jpg'},other\n")
+    lines = ["file,label", f"{photos / 'new' / 'photo_0001.jpg'},trouser", f"{photos / 'photo_0001.jpg'},other"]
+    (tmp_path / "c.csv").write_text("\n".join(lines), encoding="utf-8")
     seen = []
     keep = ucdm_app.fitting.train_sized
     def spied(u, seeds, pairs, labels, *more, **options):
