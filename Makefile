@@ -77,8 +77,8 @@ bench: $(READY) ## speeds on this machine
 
 lock: ## requirements.lock from settings.ini; ARGS=--upgrade takes the newest versions
 	@$(uv); UV_CUSTOM_COMPILE_COMMAND="make lock" $$uv pip compile -q --universal --python-version 3.10 \
-	  --extra dev --extra cluster --extra heic --no-emit-index-url --no-emit-find-links --annotation-style line \
-	  -o requirements.lock setup.py $(ARGS)
+	  --extra dev --extra cluster --extra heic --extra export --no-emit-index-url --no-emit-find-links \
+	  --annotation-style line -o requirements.lock setup.py $(ARGS)
 
 hooks: $(READY) ## let git merge notebooks cell by cell (nbdev_merge) in this clone
 	@set -e; attributes="$$(git rev-parse --git-path info/attributes)"; hook="$$(git rev-parse --git-path hooks/post-merge)"; \

@@ -97,7 +97,7 @@ def test_sdist_and_wheel_are_complete(built):
         return canonicalize_name(r.name), str(r.specifier), marker
     wanted = {exact(r) for r in LISTS["requirements"]}
     extras = [key for key in LISTS if key.endswith("_requirements")]
-    assert {"dev_requirements", "cluster_requirements", "heic_requirements"} <= {*extras}
+    assert {"dev_requirements", "cluster_requirements", "heic_requirements", "export_requirements"} <= {*extras}
     for key in extras: wanted |= {exact(r, key.removesuffix("_requirements")) for r in LISTS[key]}
     assert {exact(r) for r in said.get_all("Requires-Dist")} == wanted
     assert "Operating System :: POSIX :: Linux" in said.get_all("Classifier")
@@ -226,6 +226,6 @@ def test_make_lock(make):
     asked = make("lock", "ARGS=--upgrade")
     oldest = SETTINGS["DEFAULT"]["min_python"]
     for part in ("pip compile", "--universal", f"--python-version {oldest}", "--no-emit-index-url", "--extra dev",
-                 "--extra cluster", "--extra heic", "-o requirements.lock setup.py --upgrade"): assert part in asked
+                 "--extra cluster", "--extra heic", "--extra export", "-o requirements.lock setup.py --upgrade"): assert part in asked
     keys = re.search(r"^cache-keys = (.+)$", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)[1]
     assert '"settings.ini"' in keys, "uv would go on with the requirements that it remembers"
