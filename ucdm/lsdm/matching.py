@@ -152,18 +152,21 @@ REMEDIES = dict(
     diffusion="Give it more `steps`, or lower `lr`",
 )
 
-# %% ../../nbs/lsdm/05_matching.ipynb #1acda2de
+# %% ../../nbs/lsdm/05_matching.ipynb #2492a424
 def check_collapse(checks: Checks,
                    loss: str, # in REMEDIES
-                   least: float = 0.5, most: float = 2.0, # of the spread; 0 and inf accept anything
+                   least: float = 0.5, most: float = 2.0, # of the spread; least = 0 accepts anything
                    where: str = "the training", # for the message
                   ) -> None:
     "Collapsed, with what to change, unless the spread (for numbers, in `least`, the sensitivity too) is within bounds."
+    if not least: return
     anyway = "to look at it all the same, set collapse_below=0."
     wide = f"two generated latents of one label are {checks.spread:.3g} times as far apart as real ones"
     if not checks.spread >= least:
         raise Collapsed(f"{where} has collapsed: {wide}, at least {least:g} is asked. {REMEDIES[loss]}; {anyway}")
-    if checks.spread > most: raise Collapsed(f"{where} has diverged: {wide}, at most {most:g} is asked. Lower `lr`.")
-    if checks.distance is None and least and checks.sensitivity < 0.05:
+    if checks.spread > most:
+        raise Collapsed(f"{where} has diverged: {wide}, at most {most:g} is asked. Lower `lr`, or give it more `steps`; "
+                        f"{anyway}")
+    if checks.distance is None and checks.sensitivity < 0.05:
         raise Collapsed(f"{where} ignores its noise: two latents of one condition are {checks.sensitivity:.3f} times "
                         f"as far apart as two of the data. Choose a smaller `kappa`, or loss='energy'; {anyway}")

@@ -27,7 +27,7 @@ from ..diffusion.train_prior import Clock
 from .matching import check_collapse, Checks
 from ..method.checkpoint import optimizer_tensors, restore_optimizer
 
-# %% ../../nbs/lsdm/06_training.ipynb #3b0841c4
+# %% ../../nbs/lsdm/06_training.ipynb #ea134433
 Positive = Annotated[float, Interval(gt=0, lt=math.inf)]
 Fraction = Annotated[float, Interval(ge=0, lt=1)]
 
@@ -35,7 +35,7 @@ Fraction = Annotated[float, Interval(ge=0, lt=1)]
 class StageTwoConfig:
     "What the second stages share. TypeError or ValueError names a field whose value makes no sense."
     steps: Count | None = 10_000     # updates of the network that is kept
-    seconds: Positive | None = None  # in place of steps: as many as fit into this time, by the first 30
+    seconds: Positive | None = None  # of CPU time, in place of steps: as many as fit, by the first 30
     batch: Count = 128               # pairs an update
     lr: Positive = 1e-3              # of Adam; falls to 0 over the second half
     null_fraction: Fraction = 0.15   # of labels that are replaced by the null condition
@@ -73,7 +73,7 @@ def check_pairs(z: Tensor, # latents, should be floats [N, d]
         raise ValueError(f"label {lacking[0]} of {n_labels} has no pair, or is none of them; every label needs a pair.")
     return n_labels
 
-# %% ../../nbs/lsdm/06_training.ipynb #41f10621
+# %% ../../nbs/lsdm/06_training.ipynb #93941b1a
 class StageTwo:
     "A second stage in training: networks by name, of which the first is averaged and kept."
 
@@ -90,7 +90,7 @@ class StageTwo:
         self.params = list(self.net.parameters())
         self.ema = EMAModel(self.params, decay=config.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75,
                             foreach=True)
-        self.losses, self.seconds = [], 0.0 # since the last check; in updates alone
+        self.losses, self.seconds = [], 0.0 # since the last look; CPU time of updates alone
         if self.checkpoint and self.checkpoint.exists(): self._restore()
 
 # %% ../../nbs/lsdm/06_training.ipynb #fc9a4a06
@@ -184,7 +184,7 @@ def _spend(self: StageTwo, seconds: float) -> None:
             left = max(0.0, self.config.seconds - self.seconds)
             self.steps = self.step + round(left / median(self.pilot[PILOT // 3:]))
 
-# %% ../../nbs/lsdm/06_training.ipynb #6a6e01f1
+# %% ../../nbs/lsdm/06_training.ipynb #e90fb198
 @patch
 def run(self: StageTwo, update: Callable[[int], Tensor], # one update, given its number; returns its loss
         measure: Callable[[], Checks], # of the network as it is
@@ -195,12 +195,12 @@ def run(self: StageTwo, update: Callable[[int], Tensor], # one update, given its
     clock = Clock(minutes=minutes)
     bar = tqdm(initial=self.step, desc=f"stage 2, {loss}", unit="step", mininterval=5, disable=not progress)
     while self.steps is None or self.step < self.steps:
-        start = time.perf_counter()
+        start = time.process_time()
         self.losses.append(float(update(self.step)))
         if not math.isfinite(self.losses[-1]): self._not_finite(f"the loss is {self.losses[-1]}")
         self.ema.step(self.params)
         self.step += 1
-        self._spend(time.perf_counter() - start)
+        self._spend(time.process_time() - start)
         last, bar.total = self.step == self.steps, self.steps
         if last or self.steps and self.step % self.config.check_every == 0:
             found = self.look(measure, loss)
@@ -211,10 +211,10 @@ def run(self: StageTwo, update: Callable[[int], Tensor], # one update, given its
     self.ema.copy_to(self.params)
     return self.net.eval().requires_grad_(False)
 
-# %% ../../nbs/lsdm/06_training.ipynb #6d25fdaf
+# %% ../../nbs/lsdm/06_training.ipynb #00581897
 class Trained(NamedTuple):
     "A network of stage 2 and how it was trained."
     net: nn.Module # with averaged weights, frozen
     history: list[dict] # at each look: step, seconds, loss and `Checks`
     steps: int
-    seconds: float # in updates
+    seconds: float # CPU time of the updates
