@@ -127,3 +127,10 @@ def test_a_finished_training_is_not_repeated(tmp_path):
     again = fit(IMAGES, checkpoint=tmp_path / "a.ckpt")
     assert again.encode(IMAGES).equal(first.encode(IMAGES)) and again.record["curve"] == first.record["curve"]
     with pytest.raises(ValueError, match="on other images"): fit(IMAGES.flip(0), checkpoint=tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("steps", [1, 2, 20, 41])
+def test_any_number_of_steps(steps):
+    "Also fewer than measurements, and where a twentieth of them is one step."
+    space = fit(POINTS, config=replace(VECTORS, steps=steps))
+    assert space.record["curve"][-1][0] == steps and all(e < 1e3 for _, e in space.record["curve"])

@@ -84,7 +84,7 @@ class AutoencoderConfig:
         if not self.channels or any(c % 8 for c in self.channels):
             raise ValueError(f"AutoencoderConfig.channels={self.channels} must be multiples of 8, one a level or more")
 
-# %% ../../nbs/lsdm/03_latent_space.ipynb #b3ce2cba
+# %% ../../nbs/lsdm/03_latent_space.ipynb #27ae3109
 def latent_shape(shape: tuple[int, ...], # of an image or a vector
                  config: AutoencoderConfig) -> tuple[int, ...]: # of its latent, before it is made flat
     "ValueError where an image cannot be halved so often, or `d` is no multiple of the places that remain."
@@ -92,8 +92,7 @@ def latent_shape(shape: tuple[int, ...], # of an image or a vector
     halvings = len(config.channels) - 1
     (height, width), places = shape[1:], math.prod(shape[1:]) >> 2 * halvings
     if height % 2**halvings or width % 2**halvings:
-        raise ValueError(f"images of {height}x{width} cannot be halved {halvings} times; shorten `channels` or resize "
-                         "them.")
+        raise ValueError(f"images of {height}x{width} cannot be halved {halvings} times; shorten `channels`.")
     if config.d % places:
         raise ValueError(f"d={config.d} must be a multiple of {places}, the places that {len(config.channels)} levels "
                          "leave; change `d` or `channels`.")
@@ -157,7 +156,7 @@ def to(self: LatentSpace, *args) -> LatentSpace: # itself
     self.network.to(*args)
     return self
 
-# %% ../../nbs/lsdm/03_latent_space.ipynb #f4d06f79
+# %% ../../nbs/lsdm/03_latent_space.ipynb #cfd066c4
 @patch
 @torch.no_grad()
 def posterior(self: LatentSpace, y: Tensor, # uint8 [N, 3, H, W] or float [N, p]
@@ -165,7 +164,7 @@ def posterior(self: LatentSpace, y: Tensor, # uint8 [N, 3, H, W] or float [N, p]
              ) -> tuple[Tensor, Tensor]: # mean and standard deviation, float32 [N, d], on the CPU
     "Of the latents of each. Standard deviations of PCA and of vectors are 0."
     parts = [self.network.encode(self.floats(b).to(self.like)).latent_dist for b in y.split(batch)]
-    def flat(name): return torch.cat([getattr(p, name).flatten(1).float().cpu() for p in parts]) / self.scale
+    flat = lambda name: torch.cat([getattr(p, name).flatten(1).float().cpu() for p in parts]) / self.scale
     return flat("mean"), flat("std")
 
 @patch
@@ -220,7 +219,7 @@ def _directions(x: Tensor, d: int, seed: int) -> Tensor: # centred [N, p] -> ort
         torch.manual_seed(seed)
         return torch.pca_lowrank(x, min(d + 16, *x.shape), center=False, niter=4)[2][:, :d].T.contiguous()
 
-# %% ../../nbs/lsdm/03_latent_space.ipynb #2a0aa052
+# %% ../../nbs/lsdm/03_latent_space.ipynb #880bc81d
 def fit_pca(y: Tensor, # uint8 [N, 3, H, W] or float [N, p]: paired and unpaired ones together
             d: int, # numbers of a latent
             seed: int = 0,
@@ -229,8 +228,7 @@ def fit_pca(y: Tensor, # uint8 [N, 3, H, W] or float [N, p]: paired and unpaired
 
     ValueError if there are too few images for them, or all are the same.
     """
-    shape, d = tuple(_checked(y).shape[1:]), checked(d, Count, "d")
-    p = math.prod(shape)
+    shape, p, d = tuple(_checked(y).shape[1:]), y[:1].numel(), checked(d, Count, "d")
     if d > (most := min(len(y) - 1, p)):
         raise ValueError(f"d={d} must be at most {most}: {len(y)} images of {p} numbers have no more directions.")
     space = LatentSpace(PCA(shape, d), shape, d, record=dict(n=len(y)))
@@ -259,7 +257,12 @@ def _held_out(n: int, config: AutoencoderConfig) -> tuple[Tensor, Tensor]: # wha
     k = max(1, min(round(config.held_out * n), config.most_held_out, n - 1))
     return order[k:], order[:k]
 
-# %% ../../nbs/lsdm/03_latent_space.ipynb #c82cc2ec
+# %% ../../nbs/lsdm/03_latent_space.ipynb #ec4606a4
+def _rate(step: int, steps: int) -> float: # factor on the learning rate
+    "Linear warm-up over a twentieth of the steps, times half a cosine."
+    return min(1.0, (step + 1) / max(1, steps // 20)) * (1 + math.cos(math.pi * step / steps)) / 2
+
+# %% ../../nbs/lsdm/03_latent_space.ipynb #cd34eb98
 class _Fit:
     "What the training changes, and what a checkpoint of it holds."
     def __init__(self, space: LatentSpace, config: AutoencoderConfig, device: str, compile: bool):
@@ -268,10 +271,8 @@ class _Fit:
         images = len(space.shape) == 3
         if images: self.network.to(memory_format=torch.channels_last)
         self.low = images and default_dtype(device) == torch.bfloat16
-        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=config.lr, weight_decay=1e-4)
-        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, config.lr, total_steps=config.steps, pct_start=0.05
-        )
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=config.lr, weight_decay=1e-4, fused=True)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: _rate(step, config.steps))
         self.loss_of = vae_loss(self.network, config.kl_weight)
         if compile: self.loss_of = compiled(self.loss_of)
         self.step, self.curve, self.best, self.clock = 0, [], None, Clock()
@@ -322,7 +323,7 @@ def measure(self: _Fit, held: Tensor) -> float: # mean reconstruction error
     self.curve.append((self.step, error))
     return error
 
-# %% ../../nbs/lsdm/03_latent_space.ipynb #e7f4539a
+# %% ../../nbs/lsdm/03_latent_space.ipynb #2d5047de
 @patch
 def finish(self: _Fit, y: Tensor, held: Tensor, counts: dict) -> LatentSpace:
     self.network.load_state_dict(self.best)
@@ -332,8 +333,7 @@ def finish(self: _Fit, y: Tensor, held: Tensor, counts: dict) -> LatentSpace:
     if error > constant:
         warnings.warn(f"after {self.step} steps the autoencoder errs by {error:.3g}, the mean image by {constant:.3g}: "
                       "take more `steps`, or another `lr`.")
-    seconds, cpu = self.clock.spent
-    spent = dict(seconds=round(seconds, 1), cpu_seconds=round(cpu, 1))
+    spent = {name: round(t, 1) for name, t in zip(("seconds", "cpu_seconds"), self.clock.spent)}
     self.space.record = counts | dict(best_step=best_step, held_out_error=error, curve=self.curve) | spent
     return _standardised(self.space, y)
 
