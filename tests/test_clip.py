@@ -330,3 +330,11 @@ def test_texts_that_a_small_vocabulary_spells(tmp_path):
     assert named.other_texts() == ["A photo of a dress"]
     with pytest.raises(ValueError, match="takes 16; shorten it"):
         ZeroShot(model, ("trouser", "bag"), pictures(9), ZeroShotConfig(other_name="something else"), words)
+
+
+def test_a_tokeniser_whose_package_is_not_installed(models, tmp_path, monkeypatch):
+    "SigLIP's own tokeniser needs sentencepiece, which this package does not."
+    def fails(*args, **kwargs): raise ImportError("\nSiglipTokenizer requires the SentencePiece library")
+    monkeypatch.setattr(model_module.AutoTokenizer, "from_pretrained", fails)
+    with pytest.raises(ImportError, match="needs a package .for a SigLIP: pip install sentencepiece.*requires the SentencePiece library"):
+        load(models / "siglip")

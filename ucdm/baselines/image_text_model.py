@@ -266,7 +266,7 @@ def _read_model(folder: Path, name: str, identity: str, device: str, cache: Path
         parts = [kind.from_pretrained(folder, trust_remote_code=False) for kind in (AutoTokenizer, AutoImageProcessor)]
     return ImageTextModel(model, *parts, name, identity, device, cache)
 
-# %% ../../nbs/baselines/21_image_text_model.ipynb #f15ce856
+# %% ../../nbs/baselines/21_image_text_model.ipynb #22b1ddae
 def load_image_text_model(
     name: str = "fashion-mnist", # a packaged model, a folder, or a hub id (`owner/model` or `owner/model@revision`)
     device: str | None = None,
@@ -284,6 +284,9 @@ def load_image_text_model(
         if failure: raise ValueError(f"{e} (The hub could not be asked: {type(failure).__name__}.)") from failure
         raise
     try: return _read_model(folder, name, identity, default_device(device), cache)
-    except (MemoryError, ImportError, torch.OutOfMemoryError): raise # no fault of the files
+    except (MemoryError, torch.OutOfMemoryError): raise # no fault of the files
+    except ImportError as e:
+        why = " ".join(str(e).split())
+        raise ImportError(f"{name!r} needs a package (for a SigLIP: pip install sentencepiece protobuf): {why}") from e
     except Exception as e:
         raise ValueError(f"{folder} cannot be read as a CLIP or SigLIP ({type(e).__name__}: {e}). {_again(folder)}") from e
