@@ -64,7 +64,7 @@ def contrastive_loss(u: Tensor, v: Tensor, # unit vectors of images and captions
     logits, target = scale * u @ v.T, equal / equal.sum(1, keepdim=True)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-# %% ../../nbs/baselines/26_train_clip.ipynb #da14c8d5
+# %% ../../nbs/baselines/26_train_clip.ipynb #b540863a
 @settings
 class SmallClipConfig:
     "What the small CLIP is made of and how it is trained. `ValueError` or `TypeError` for a value that makes no sense."
@@ -74,7 +74,7 @@ class SmallClipConfig:
     text_width: Count = 64
     text_layers: Count = 2
     dim: Count = 64 # D
-    steps: Count = 1500
+    steps: Count = 1000
     batch: Count = 128
     lr: Rate = 2e-3 # the highest learning rate
     weight_decay: Rate = 0.05
