@@ -285,7 +285,8 @@ def test_a_small_clip_from_training_to_run(world, tmp_path, monkeypatch):
     config, images = world
     monkeypatch.setattr(train_module, "check_images", lambda *args: None)
     test = load_dataset("fashion-mnist", "test")[::100]
-    whole = train_module.train(tmp_path / "whole", config=config, test=test)
+    whole = train_module.train(tmp_path / "whole", tmp_path, config=config) # tested by the packaged images
+    assert json.loads((whole / "training.json").read_text(encoding="utf-8"))["n_test"] == 3000
     steps = []
     def loss(*args):
         if len(steps) == 7: raise KeyboardInterrupt

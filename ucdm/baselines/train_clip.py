@@ -184,7 +184,7 @@ Not meant for anything but this repository's experiments. Whose images they are:
     write_atomic(folder / "README.md", text)
     return text
 
-# %% ../../nbs/baselines/26_train_clip.ipynb #579533d4
+# %% ../../nbs/baselines/26_train_clip.ipynb #ac7507d4
 def train(out: Path | str, # folder for the checkpoint and the finished model
           root: Path | str | None = None, # the official files; None looks in the usual places, or downloads
           prior: str = "fashion-mnist", # the generator whose world it is
@@ -205,10 +205,11 @@ def train(out: Path | str, # folder for the checkpoint and the finished model
     curve, spent = train_steps(model, images.images[:seen], captions, config, out / "clip.ckpt", default_device(), progress=True)
     save_model(model.half(), tokenizer, out / "model")
     known = tuple(images.classes[k] for k in class_split(prior).known)
+    test = test or load_dataset(prior, "test", None if prior == "fashion-mnist" else root) # packaged, or beside the others
     record = dict(prior=prior, dataset=images.name, classes=list(images.classes), n_images=seen, known=list(known),
                   images_sha256=images.fingerprint, config=asdict(config), curve=[round(x, 4) for x in curve],
                   parameters=sum(p.numel() for p in model.parameters()), seconds=round(spent[0]),
-                  cpu_seconds=round(spent[1]), n_test=len(test := test or load_dataset(prior, "test", root)),
+                  cpu_seconds=round(spent[1]), n_test=len(test),
                   command='python -c "from ucdm.baselines.train_clip import train; train(\'clip\')"',
                   **accuracies(out / "model", test, known))
     write_atomic(out / "model" / "training.json", json.dumps(record, indent=1))
