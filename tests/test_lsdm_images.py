@@ -103,7 +103,7 @@ def test_damaged_files_are_not_believed(tmp_path, judge):
     trials = made(tmp_path, judge)
     trials.measured(TRIAL)
     numbers, network = next(tmp_path.glob("*.json")), next(tmp_path.glob("*.safetensors"))
-    numbers.write_text(numbers.read_text().replace('"spread": ', '"spread": 1'))
+    numbers.write_text(numbers.read_text(encoding="utf-8").replace('"spread": ', '"spread": 1'), encoding="utf-8")
     with pytest.raises(CorruptResult, match=numbers.name): trials.measured(TRIAL)
     network.write_bytes(network.read_bytes()[:100])
     with pytest.raises(ValueError, match=network.name): trials.trained(TRIAL)
