@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['ONE_STEP', 'ELSEWHERE', 'STAGE_ONE', 'STAGE_TWO', 'MEASURES', 'balanced_rows', 'TrialImages', 'trial_images',
-           'to_nearest', 'image_measures', 'Trial', 'address', 'Trials', 'read_trained', 'bound_terms']
+           'nearest_distance', 'image_measures', 'Trial', 'address', 'Trials', 'read_trained', 'sample_latents',
+           'bound_terms']
 
 # %% ../../nbs/lsdm/13_image_trials.ipynb #cb94fa73
 import hashlib
@@ -70,9 +71,9 @@ def trial_images(train: ImageSet, test: ImageSet, # labelled
     rows, held = balanced_rows(train.labels, seed, "train")[:n], balanced_rows(test.labels, seed, "held out")[:n_test]
     return TrialImages(train[rows[:n_pool]], train[rows[n_pool:]], test[held], seed)
 
-# %% ../../nbs/lsdm/13_image_trials.ipynb #47fb7e55
-def to_nearest(a: Tensor, b: Tensor, # [n, p], [m, p]
-              ) -> Tensor: # [n]
+# %% ../../nbs/lsdm/13_image_trials.ipynb #db118ec9
+def nearest_distance(a: Tensor, b: Tensor, # [n, p], [m, p]
+                    ) -> Tensor: # [n]
     "Distance of each row to the nearest one of another sample: found by a matrix product, then measured exactly."
     return (a - b[torch.cdist(a, b).argmin(1)]).norm(dim=1)
 
@@ -90,19 +91,19 @@ def image_measures(made: ImageSet, # generated; labels say what was asked for
         judged=100 * (judge.probs(made.images).argmax(1) == asked).float().mean().item(),
         kid=1000 * kernel_distance(made.images, held_out.images, judge),
         spread=spread(made.labels, g) / spread(held_out.labels, y),
-        geometry=to_nearest(g, y).mean().item(),
-        coverage=to_nearest(y, g).mean().item(),
-        memorised=(to_nearest(g, p).mean() / to_nearest(y, p).mean()).item(),
+        geometry=nearest_distance(g, y).mean().item(),
+        coverage=nearest_distance(y, g).mean().item(),
+        memorised=(nearest_distance(g, p).mean() / nearest_distance(y, p).mean()).item(),
     )
 
-# %% ../../nbs/lsdm/13_image_trials.ipynb #c44f9d22
+# %% ../../nbs/lsdm/13_image_trials.ipynb #e3a2eb07
 ONE_STEP = ("w1_critic", "energy", "ot") # losses of a one-step generator
 ELSEWHERE = dict(seed="the images bring it", loss="`method` says it", seconds="give `steps`: they can be repeated",
                  d="`Trial.d` says it")
 
 @settings
 class Trial:
-    "One way to a generator of images. TypeError or ValueError names a field that is wrong."
+    "A generator of images, by what decides it. TypeError or ValueError names a field that is wrong."
     fraction: Annotated[float, Interval(gt=0, le=1)] = 1.0 # of the pool whose labels are seen
     unpaired: bool = True # whether stage 1 sees the images without a label
     method: Literal[(*ONE_STEP, "diffusion")] = "w1_critic"
@@ -129,12 +130,12 @@ def stage_two(self: Trial, seed: int) -> StageTwoConfig:
     if self.method == "diffusion": return DiffusionConfig(**self.training, seed=seed)
     return GeneratorConfig(**self.training, loss=self.method, seed=seed)
 
-# %% ../../nbs/lsdm/13_image_trials.ipynb #003c1229
+# %% ../../nbs/lsdm/13_image_trials.ipynb #f7448432
 STAGE_ONE = frozenset({("ucdm.lsdm.latent_space", "fit_autoencoder"), ("ucdm.lsdm.latent_space", "fit_pca")})
 STAGE_TWO = frozenset({("ucdm.lsdm.latent_diffusion", "train_denoiser"),
                        ("ucdm.lsdm.train_generator", "train_generator")})
 MEASURES = frozenset({("ucdm.lsdm.image_trials", "image_measures"), ("ucdm.lsdm.image_trials", "bound_terms"),
-                      ("ucdm.lsdm.generator", "item_latents"), ("ucdm.lsdm.latent_diffusion", "item_denoised")})
+                      ("ucdm.lsdm.image_trials", "sample_latents")})
 
 def address(decides: dict, # what JSON can hold
             code: frozenset[tuple[str, str]], # module and name of each function that computes
@@ -194,7 +195,7 @@ def read_trained(file: Path, device: str | None = None) -> Trained | None: # Non
     net.load_state_dict(weights)
     return Trained(net.eval().requires_grad_(False).to(device or "cpu"), *(meta[k] for k in Trained._fields[1:]))
 
-# %% ../../nbs/lsdm/13_image_trials.ipynb #d0bba4a4
+# %% ../../nbs/lsdm/13_image_trials.ipynb #f2001c53
 @patch
 def net_address(self: Trials, trial: Trial) -> str:
     "Where the trained network of a trial is kept."
@@ -209,7 +210,8 @@ def trained(self: Trials, trial: Trial) -> Trained:
     at, config = self.net_address(trial), trial.stage_two(self.images.seed)
     file, pairs = self.folder / f"{at}.safetensors", self.images.paired(trial.fraction)
     def compute():
-        z, checkpoint = self.space(trial).sample(pairs.images, range(len(pairs)), config.seed), file.with_suffix(".part")
+        z = self.space(trial).sample(pairs.images, range(len(pairs)), config.seed)
+        checkpoint = file.with_suffix(".part")
         train = train_denoiser if trial.method == "diffusion" else train_generator
         net, *rest = train(z, pairs.labels, config, len(pairs.classes), checkpoint, 1.0, self.device, self.progress)
         meta = dict(kind=trial.method, sizes=net.sizes) | dict(zip(Trained._fields[1:], rest))
@@ -217,17 +219,21 @@ def trained(self: Trials, trial: Trial) -> Trained:
         checkpoint.unlink(missing_ok=True)
     return self._once("training", at, lambda: read_trained(file, self.device), compute)
 
-# %% ../../nbs/lsdm/13_image_trials.ipynb #fb337543
+# %% ../../nbs/lsdm/13_image_trials.ipynb #63e9ce2c
+def sample_latents(net: Generator | Denoiser, asked: ImageSet, # whose labels are asked for; images are not read
+                   seed: int = 0,
+                   evaluations: int = 20, # steps of DDIM; a one-step generator takes one
+                   guidance: float = 1.0, # of diffusion
+                  ) -> Tensor: # float32 [N, d], on the CPU
+    "A latent for each label; its noise belongs to (seed, number, class)."
+    names, ids = [asked.classes[k] for k in asked.labels.tolist()], range(len(asked))
+    if isinstance(net, Generator): return item_latents(net, asked.labels, ids, names, seed)
+    return item_denoised(net, asked.labels, ids, names, seed, evaluations, guidance)
+
 @patch
-def latents(self: Trials, trial: Trial,
-            evaluations: int = 20, # steps of DDIM; a one-step generator takes one
-            guidance: float = 1.0, # of diffusion
-           ) -> Tensor: # float32 [n_test, d], on the CPU
-    "A latent for the label of each held-out image; noise belongs to (seed, number, class)."
-    of, net = self.images.held_out, self.trained(trial).net
-    names, ids = [of.classes[k] for k in of.labels.tolist()], range(len(of))
-    if trial.method != "diffusion": return item_latents(net, of.labels, ids, names, self.images.seed)
-    return item_denoised(net, of.labels, ids, names, self.images.seed, evaluations, guidance)
+def latents(self: Trials, trial: Trial, evaluations: int = 20, guidance: float = 1.0) -> Tensor: # [n_test, d]
+    "A latent for the label of each held-out image."
+    return sample_latents(self.trained(trial).net, self.images.held_out, self.images.seed, evaluations, guidance)
 
 # %% ../../nbs/lsdm/13_image_trials.ipynb #3d7487d8
 def bound_terms(space: LatentSpace, real: ImageSet, # held-out pairs
@@ -265,7 +271,7 @@ def measured(self: Trials, trial: Trial, evaluations: int = 20, guidance: float 
     sampling = dict(evaluations=evaluations, guidance=guidance) if diffusion else {}
     def measure():
         trained = self.trained(trial)
-        g, latent_ms = _timed(lambda: self.latents(trial, evaluations, guidance))
+        g, latent_ms = _timed(lambda: sample_latents(trained.net, held, self.images.seed, evaluations, guidance))
         y, decoding_ms = _timed(lambda: space.decode(g))
         found = image_measures(ImageSet(y, held.labels, held.classes), held, self.images.paired(trial.fraction).images,
                                self.judge)
