@@ -20,7 +20,6 @@ from .profiles import Job
 from ..core.batching import AdaptiveBatches
 from ..core.device import is_out_of_memory
 from ..core.progress import human_time
-from ..diffusion.prior import load_prior
 from ..method.batch_size import find_batch_size
 from ..method.generate import evaluations
 from ..method.pair_store import PairStore
@@ -29,6 +28,7 @@ from ..method.training import training_rate as measured_training_rate
 from ..runs.budget import training_passes
 from ..runs.identity import prior_identity, resolve, Resolved
 from ..runs.pools import images_of, pool_folders, run_data, RunData
+from ..runs.registry import load_prior
 
 # %% ../../nbs/batch/10_planning.ipynb #99f2bf7c
 @dataclass
@@ -173,7 +173,7 @@ def evaluation_rate(prior: str, seconds: float = 3.0) -> float:
     def predict(items):
         n = 3 * len(items)
         noise, prompts = torch.randn(n, *p.latent_shape, device=p.device), p.embed([""]).expand(n, -1, -1)
-        return p.predict(noise, 500, prompts).sum().item()
+        return p.predict(noise, getattr(p, "last", 500), prompts).sum().item() # a one-step generator knows its last only
     def once(): return 3 * sum(done for _, done in pairs(predict, range(pairs.size)))
     with torch.inference_mode():
         once()
