@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import parse_qsl
 
 from ..core.checked import nearest, settings
+from ..core.files import checked_json
 from ..core.remembered import remembered, signature
 from .one_step import FORMAT, OneStepModel
 from .one_step_pairs import Negative
