@@ -1,10 +1,10 @@
 """A one-step model as a run's generator: its name, its address, what is refused, and what stays as it was."""
 import shutil
-from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from fastcore.test import test_eq, test_ne
+from fastcore.test import test_eq as same, test_ne as differ
 from typer.testing import CliRunner
 
 from ucdm.core.source import reached
@@ -45,21 +45,21 @@ def spec_of(folder, options="", **changes): return RunSpec(prior=f"lsdm:{folder}
 
 
 def test_what_diffusion_models_made_keeps_its_address():
-    test_eq(len(prior_identity("fashion-mnist")), 16)
+    same(len(prior_identity("fashion-mnist")), 16)
     for roots in (MAKES_PAIRS, {("ucdm.runs.pools", "fill_locally"), ("ucdm.runs.pools", "read_pairs")}):
         assert not any(m.startswith(("ucdm.lsdm", "ucdm.runs.registry", "ucdm.runs.identity")) for m, _ in reached(roots))
 
 
 def test_address_is_the_content(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
-    test_eq(spec_hash(spec_of(folder)), spec_hash(spec_of(copy)))
-    test_eq(len(prior_identity(f"lsdm:{folder}").removeprefix("lsdm:")), 64)
+    same(spec_hash(spec_of(folder)), spec_hash(spec_of(copy)))
+    same(len(prior_identity(f"lsdm:{folder}").removeprefix("lsdm:")), 64)
     (copy / "README.md").write_text("a card decides nothing")
-    test_eq(spec_hash(spec_of(folder)), spec_hash(spec_of(copy)))
+    same(spec_hash(spec_of(folder)), spec_hash(spec_of(copy)))
     other = model(seed=1).save(tmp_path / "other")
     addresses = [spec_hash(spec_of(f, o)) for f in (folder, other) for o in ("", "?negative=other")]
-    test_eq(len(set(addresses)), 4)
-    test_eq(spec_hash(spec_of(folder)), spec_hash(spec_of(folder, "?negative=null")))
+    same(len(set(addresses)), 4)
+    same(spec_hash(spec_of(folder)), spec_hash(spec_of(folder, "?negative=null")))
 
 
 def test_pools_follow_the_content(folder, tmp_path):
@@ -69,14 +69,14 @@ def test_pools_follow_the_content(folder, tmp_path):
         r = resolve(spec_of(folder, options))
         pools[options] = pool_folders(r, run_data(r), cache)
         stores = fill_pools(r, run_data(r), cache)
-        test_eq([len(PairStore(f).held(run_data(r).split.seed_index.tolist())) for f in pools[options].values()], [8, 8])
-        test_eq(set(stores), {"positive", "negative"})
-    test_eq(len({f for of in pools.values() for f in of.values()}), 4)
+        same([len(PairStore(f).held(run_data(r).split.seed_index.tolist())) for f in pools[options].values()], [8, 8])
+        same(set(stores), {"positive", "negative"})
+    same(len({f for of in pools.values() for f in of.values()}), 4)
 
 
 def test_pairs_do_not_depend_on_the_batch(folder):
     prior, train = run_prior(spec_of(folder, "?negative=other")), load_dataset("fashion-mnist", "train")
-    test_eq(prior.negative, "other")
+    same(prior.negative, "other")
     config, names = PairConfig.preset("one_step"), ("bag", "coat")
     make = lambda n, size: generate_pairs(prior, train[:n].unlabelled(), names, config, ids=range(n), batch_size=size,
                                           progress=False)
@@ -94,10 +94,11 @@ def test_negatives_of_another_class(monkeypatch):
             return noise
     m = model(("bag", "coat", "shirt"))
     seeds = ImageSet(torch.zeros(40, 3, 32, 32, dtype=torch.uint8), torch.full((40,), -1), ("bag", "coat"), "seeds")
+    priors = {kind: OneStepPrior(m, device="cpu", negative=kind) for kind in ("null", "other")}
+    monkeypatch.setattr(m, "net", Told())
     def negatives(kind): # labels of all negatives, pair by pair
-        prior = OneStepPrior(m, device="cpu", negative=kind)
-        monkeypatch.setattr(m, "net", Told()); drawn.clear()
-        generate_pairs(prior, seeds, ("bag", "coat"), PairConfig.preset("one_step"), ids=range(40), batch_size=80,
+        drawn.clear()
+        generate_pairs(priors[kind], seeds, ("bag", "coat"), PairConfig.preset("one_step"), ids=range(40), batch_size=80,
                        progress=False)
         return drawn[-1].chunk(3)[2]
     own = torch.tensor([0, 1] * 40)
@@ -108,13 +109,13 @@ def test_negatives_of_another_class(monkeypatch):
 
 def test_a_run(folder, tmp_path):
     result = run(spec_of(folder), tmp_path, progress=False)
-    test_eq(result.provenance["prior"], prior_identity(f"lsdm:{folder}"))
-    test_eq(run(spec_of(folder), tmp_path, progress=False).hash, result.hash)
+    same(result.provenance["prior"], prior_identity(f"lsdm:{folder}"))
+    same(run(spec_of(folder), tmp_path, progress=False).hash, result.hash)
 
 
 @pytest.mark.parametrize("changes, why", [
-    (dict(pairs={}), "steps=20.*eta_negative=0.2.*give pairs={'preset': 'one_step'}"),
-    (dict(pairs=ONE_STEP | {"eta_positive": 0.5}), "RunSpec pairs: eta_positive=0.5 makes no sense"),
+    (dict(pairs={}), "steps=20.*eta_negative=0.2.*give the preset one_step"),
+    (dict(pairs=ONE_STEP | {"eta_positive": 0.5}), "settings of pairs: eta_positive=0.5 makes no sense"),
     (dict(pairs=ONE_STEP | {"inversion": "ode"}), "inversion='ode' makes no sense"),
     (dict(pairs=ONE_STEP | {"positive_from": "seed"}), "positive_from='seed' makes no sense"),
     (dict(dataset="cifar10"), "unknown class 'airplane'"),
@@ -153,14 +154,15 @@ def test_located_from_any_folder(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     relative = spec_of(folder.name, "?negative=other")
     there = located(relative)
-    test_eq(there.prior, f"lsdm:{folder.resolve()}?negative=other")
-    test_eq(spec_hash(there), spec_hash(relative))
-    test_ne(there, relative)
+    same(there.prior, f"lsdm:{folder.resolve()}?negative=other")
+    same(spec_hash(there), spec_hash(relative))
+    differ(there, relative)
 
 
-def test_planning_measures_its_speed(folder):
-    from ucdm.batch.planning import evaluation_rate
-    assert evaluation_rate(f"lsdm:{folder}", 0.05) > 0
+def test_planning_does_not_count_its_evaluations_as_those_of_a_unet(folder):
+    from ucdm.batch.planning import _generation
+    plan = SimpleNamespace(priors=[f"lsdm:{folder}"], evaluations=100)
+    assert "is no diffusion model" in _generation(plan, None)
 
 
 def test_the_command_makes_pairs(folder, tmp_path):

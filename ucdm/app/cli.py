@@ -200,8 +200,8 @@ def _hand_on(program: typer.Typer, name: str, context: typer.Context, **given) -
 @app.command("pairs", help="Generate pairs into a folder, for a data set or photographs; on several GPUs.", **_ELSEWHERE)
 def pairs_command(context: typer.Context):
     from ucdm.method.generate import app as program
-    from ucdm.runs.registry import load_prior # which knows one-step models, too
-    _hand_on(program, "pairs", context, obj=load_prior)
+    from ucdm.runs.registry import load_for_pairs # which knows one-step models, too
+    _hand_on(program, "pairs", context, obj=load_for_pairs)
 
 # %% ../../nbs/app/17_cli.ipynb #edb3fa07
 @app.command("store", help="Look at folders of generated pairs, check and repair them.", **_ELSEWHERE)

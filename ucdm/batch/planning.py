@@ -20,6 +20,7 @@ from .profiles import Job
 from ..core.batching import AdaptiveBatches
 from ..core.device import is_out_of_memory
 from ..core.progress import human_time
+from ..diffusion.prior import load_prior
 from ..method.batch_size import find_batch_size
 from ..method.generate import evaluations
 from ..method.pair_store import PairStore
@@ -28,7 +29,7 @@ from ..method.training import training_rate as measured_training_rate
 from ..runs.budget import training_passes
 from ..runs.identity import prior_identity, resolve, Resolved
 from ..runs.pools import images_of, pool_folders, run_data, RunData
-from ..runs.registry import load_prior
+from ..runs.registry import get_loader
 
 # %% ../../nbs/batch/10_planning.ipynb #99f2bf7c
 @dataclass
@@ -173,7 +174,7 @@ def evaluation_rate(prior: str, seconds: float = 3.0) -> float:
     def predict(items):
         n = 3 * len(items)
         noise, prompts = torch.randn(n, *p.latent_shape, device=p.device), p.embed([""]).expand(n, -1, -1)
-        return p.predict(noise, getattr(p, "last", 500), prompts).sum().item() # a one-step generator knows its last only
+        return p.predict(noise, 500, prompts).sum().item()
     def once(): return 3 * sum(done for _, done in pairs(predict, range(pairs.size)))
     with torch.inference_mode():
         once()
@@ -204,6 +205,7 @@ def _generation(plan: Plan, rate: float | None) -> str:
     if rate is None:
         first = plan.priors[0]
         if len(plan.priors) > 1: unknown = f"there are several generators ({', '.join(plan.priors)})"
+        elif get_loader(first): unknown = f"{first} is no diffusion model, and far quicker"
         elif not is_here(first): unknown = f"{first} is not on this machine"
         else:
             try: rate, source = evaluation_rate(first), f"measured here with {first}, not compiled"

@@ -79,8 +79,9 @@ def check_named(name: str, config: PairConfig, classes: list[str]) -> None: # na
     "ValueError, or FileNotFoundError, for pairs that this generator cannot make."
     held, said = _config(name), read_name(name)
     if wrong := [f"{k}={getattr(config, k)!r}" for k, v in FIXED.items() if getattr(config, k) != v]:
-        raise ValueError(f"RunSpec pairs: {', '.join(wrong)} make{'s' * (len(wrong) == 1)} no sense for {name!r}, which makes an "
-                         "image from noise in one step; give pairs={'preset': 'one_step'}.")
+        raise ValueError(f"settings of pairs: {', '.join(wrong)} make{'s' * (len(wrong) == 1)} no sense for {name!r}, which "
+                         "makes an image from noise in one step; give the preset one_step (pairs={'preset': 'one_step'}, "
+                         "--preset one_step).")
     if unknown := [c for c in classes if c not in held["classes"]]:
         raise ValueError(f"RunSpec prior {name!r}: {nearest(unknown[0], held['classes'], 'class')} Take a model of them.")
     if said.negative == "other" and len(held["classes"]) < 2:

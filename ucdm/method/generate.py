@@ -277,7 +277,7 @@ def _generate(
     names, own = check_class_names(classes), Path(images).is_dir()
     if not own and images not in CLASSES:
         raise FileNotFoundError(f"there is no folder {images}, and {nearest(images, CLASSES, 'data set')}")
-    generator = load(prior)
+    generator = load(prior, config, names) if load else load_prior(prior)
     names = _checked_names(generator, names, config)
     seeds = _first(load_unlabelled(images, names, size) if own else load_dataset(images), first, images)
     folders = {kind: store / kind for kind in KINDS}
@@ -304,7 +304,7 @@ def main(context: typer.Context, # its object loads the generator, if it has one
         counts = {"--steps": steps, "--first": first, "--size": size, "--batch-size": batch_size}
         for option, value in counts.items(): checked(value, Count | None, option)
         config = PairConfig.preset(preset, **({} if steps is None else {"steps": steps}))
-        _generate(images, classes, store, prior, config, first, size, batch_size, context.obj or load_prior)
+        _generate(images, classes, store, prior, config, first, size, batch_size, context.obj)
     except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as e:
         print(f"ucdm.method.generate: {e}", file=sys.stderr)
         raise typer.Exit(2) from None

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'PROBLEMS', 'REGISTERING', 'LOADERS', 'SCHEMES', 'Method', 'register_method', 'Task', 'fit_ucdm', 'Problem',
            'Evaluation', 'register_problem', 'get_method', 'get_problem', 'Loader', 'register_loader', 'get_loader',
-           'load_prior']
+           'load_prior', 'load_for_pairs']
 
 # %% ../../nbs/runs/02_registry.ipynb #f85e95e8
 import importlib, pkgutil
@@ -149,3 +149,9 @@ def load_prior(name: str): # ucdm.diffusion.prior.Prior, or what stands for one
     "A generator by its name: a diffusers pipeline, or that of a scheme's loader. Errors are the loader's."
     from ucdm.diffusion.prior import load_prior as load_pipeline
     return loader.load(name) if (loader := get_loader(name)) else load_pipeline(name)
+
+# %% ../../nbs/runs/02_registry.ipynb #9f7083f5
+def load_for_pairs(name: str, config, classes: list[str]): # settings, names of the known classes; -> as `load_prior`
+    "The generator, which can make such pairs. ValueError if it cannot; other errors are the loader's."
+    if loader := get_loader(name): loader.check(name, config, classes)
+    return load_prior(name)
