@@ -54,7 +54,7 @@ def test_address_is_the_content(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     same(spec_hash(spec_of(folder)), spec_hash(spec_of(copy)))
     same(len(prior_identity(f"lsdm:{folder}").removeprefix("lsdm:")), 64)
-    (copy / "README.md").write_text("a card decides nothing")
+    (copy / "README.md").write_text("a card decides nothing", encoding="utf-8")
     same(spec_hash(spec_of(folder)), spec_hash(spec_of(copy)))
     other = model(seed=1).save(tmp_path / "other")
     addresses = [spec_hash(spec_of(f, o)) for f in (folder, other) for o in ("", "?negative=other")]
