@@ -18,7 +18,7 @@ from ..method.train_config import TrainConfig
 
 # %% ../../nbs/app/06_fit_settings.ipynb #6bfe1e2c
 PROFILES = {
-    "quick": dict(rounds=3, epochs_per_round=4, depth=10, width=1),
+    "quick": dict(rounds=3, epochs_per_round=8, depth=10, width=1),
     "standard": dict(rounds=10, epochs_per_round=5, depth=10, width=2),
     "paper": dict(rounds=10, epochs_per_round=40, depth=28, width=2),
 }
