@@ -1,5 +1,6 @@
 """A one-step model as a run's generator: its name, its address, what is refused, and what stays as it was."""
 import shutil
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -26,12 +27,17 @@ ONE_STEP = {"preset": "one_step"}
 SMALL = dict(n_seeds=8, n_test=6, pairs=ONE_STEP, train=dict(rounds=1, epochs_per_round=1, depth=10, width=1))
 
 
+@cache
+def latent_space():
+    train = load_dataset("fashion-mnist", "train")
+    return fit_pca(train.images[:40], 4, 0), train.classes
+
+
 def model(classes=None, seed=0, data="others"):
     "An untrained model of 4 numbers; what it draws does not matter here."
     torch.manual_seed(seed)
-    train = load_dataset("fashion-mnist", "train")
-    space = fit_pca(train.images[:40], 4, 0)
-    classes = train.classes if classes is None else classes
+    space, names = latent_space()
+    classes = names if classes is None else classes
     net = Generator(torch.ones(4), len(classes), 0, 8, 1, 4)
     return OneStepModel(space, net, classes, dict(data=data, paired=40, unpaired=0, config={}, steps=1, seconds=1.0,
                                                   checks=dict(spread=1.0)))
