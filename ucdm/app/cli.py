@@ -192,15 +192,16 @@ def review_command(
 # %% ../../nbs/app/17_cli.ipynb #609a65c3
 _ELSEWHERE = dict(add_help_option=False, context_settings=dict(allow_extra_args=True, ignore_unknown_options=True))
 
-def _hand_on(program: typer.Typer, name: str, context: typer.Context) -> None:
+def _hand_on(program: typer.Typer, name: str, context: typer.Context, **given) -> None:
     "Run another command with the words that are left."
-    program(context.args, prog_name=f"ucdm {name}")
+    program(context.args, prog_name=f"ucdm {name}", **given)
 
 # %% ../../nbs/app/17_cli.ipynb #ee7b5f19
 @app.command("pairs", help="Generate pairs into a folder, for a data set or photographs; on several GPUs.", **_ELSEWHERE)
 def pairs_command(context: typer.Context):
     from ucdm.method.generate import app as program
-    _hand_on(program, "pairs", context)
+    from ucdm.runs.registry import load_for_pairs # which knows one-step models, too
+    _hand_on(program, "pairs", context, obj=load_for_pairs)
 
 # %% ../../nbs/app/17_cli.ipynb #edb3fa07
 @app.command("store", help="Look at folders of generated pairs, check and repair them.", **_ELSEWHERE)

@@ -120,6 +120,7 @@ COSTS = { # what ends a cell: what it means
         "ucdm.diffusion.train_prior.train_vae",
         "ucdm.diffusion.train_prior.train_unet",
         "ucdm.diffusion.prior_pipeline.kept_tokenizer",
+        "ucdm.lsdm.one_step.fit_one_step",
     ),
     "uses a judge": ("ucdm.evaluation.judge.load_judge", "ucdm.evaluation.judge.train_judge"),
     "": (

@@ -29,6 +29,7 @@ from ..method.training import training_rate as measured_training_rate
 from ..runs.budget import training_passes
 from ..runs.identity import prior_identity, resolve, Resolved
 from ..runs.pools import images_of, pool_folders, run_data, RunData
+from ..runs.registry import get_loader
 
 # %% ../../nbs/batch/10_planning.ipynb #99f2bf7c
 @dataclass
@@ -204,6 +205,7 @@ def _generation(plan: Plan, rate: float | None) -> str:
     if rate is None:
         first = plan.priors[0]
         if len(plan.priors) > 1: unknown = f"there are several generators ({', '.join(plan.priors)})"
+        elif get_loader(first): unknown = f"{first} is no diffusion model, and far quicker"
         elif not is_here(first): unknown = f"{first} is not on this machine"
         else:
             try: rate, source = evaluation_rate(first), f"measured here with {first}, not compiled"

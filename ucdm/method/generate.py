@@ -271,13 +271,13 @@ def _first(found: ImageSet, # in `images`
 # %% ../../nbs/method/09_generate.ipynb #b1749f63
 def _generate(
     images: str, classes: list[str], store: Path, prior: str, config: PairConfig, first: int | None, size: int,
-    batch_size: int | None
+    batch_size: int | None, load
 ) -> None:
     "What the command does, once its options are read. All is checked before the first file is written."
     names, own = check_class_names(classes), Path(images).is_dir()
     if not own and images not in CLASSES:
         raise FileNotFoundError(f"there is no folder {images}, and {nearest(images, CLASSES, 'data set')}")
-    generator = load_prior(prior)
+    generator = load(prior, config, names) if load else load_prior(prior)
     names = _checked_names(generator, names, config)
     seeds = _first(load_unlabelled(images, names, size) if own else load_dataset(images), first, images)
     folders = {kind: store / kind for kind in KINDS}
@@ -289,7 +289,8 @@ def _generate(
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 @app.command()
-def main(images: str = typer.Argument(help="a data set, whose training images are taken, or a folder of images"),
+def main(context: typer.Context, # its object loads the generator, if it has one
+         images: str = typer.Argument(help="a data set, whose training images are taken, or a folder of images"),
          classes: list[str] = typer.Argument(help="names of the known classes"),
          store: Path = typer.Option(help="folder to keep the pairs in; what it holds is not made again"),
          prior: str = typer.Option("fashion-mnist", help="packaged prior, folder or hub id"),
@@ -303,7 +304,7 @@ def main(images: str = typer.Argument(help="a data set, whose training images ar
         counts = {"--steps": steps, "--first": first, "--size": size, "--batch-size": batch_size}
         for option, value in counts.items(): checked(value, Count | None, option)
         config = PairConfig.preset(preset, **({} if steps is None else {"steps": steps}))
-        _generate(images, classes, store, prior, config, first, size, batch_size)
+        _generate(images, classes, store, prior, config, first, size, batch_size, context.obj)
     except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as e:
         print(f"ucdm.method.generate: {e}", file=sys.stderr)
         raise typer.Exit(2) from None

@@ -61,7 +61,7 @@ def run_split(spec: RunSpec, root: str | Path | None = None): # the problem's sp
 @lru_cache(maxsize=1)
 def _loaded(name: str, identity: str): # ucdm.diffusion.prior.Prior
     "The generator; loaded again where the content changed, and from the hub at the commit that its identity names."
-    from ucdm.diffusion.prior import load_prior
+    from ucdm.runs.registry import load_prior
     return load_prior(identity.removeprefix("hub:")) if identity.startswith("hub:") else load_prior(name)
 
 

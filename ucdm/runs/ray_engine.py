@@ -18,6 +18,7 @@ from .cluster import connect, nodes, set_up, task_needs
 from .engine import Engine, modules_of
 from .identity import is_packaged, pair_config, resolve
 from .pools import cache_folder, fill_pools, fill_with, run_data, run_prior
+from .registry import get_loader
 from .result import RunResult
 from .run import forget, run
 from .spec import RunSpec
@@ -26,6 +27,7 @@ from .workers import run_tasks, workers
 # %% ../../nbs/runs/16_ray_engine.ipynb #5759827e
 def located(spec: RunSpec) -> RunSpec:
     "The same run, its generator's folder, if it has one of its own, as an absolute path."
+    if loader := get_loader(spec.prior): return replace(spec, prior=loader.located(spec.prior))
     folder = Path(spec.prior)
     return replace(spec, prior=str(folder.resolve())) if folder.is_dir() and not is_packaged(spec.prior) else spec
 

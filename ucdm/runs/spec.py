@@ -46,7 +46,7 @@ class RunSpec:
     mismatch: Annotated[float, Interval(ge=0, lt=1)] = 0.6 # fraction of unknown-class images among the seed images
     seed: Seed = 0                    # random seed of the training
     split_seed: Seed | None = None    # random seed of the images, the labels and the pairs; None: `seed`
-    prior: str = "fashion-mnist"      # the generator: a packaged prior, a folder, or a hub id
+    prior: str = "fashion-mnist"      # the generator: a packaged prior, a folder, a hub id, or lsdm:FOLDER
     n_seeds: Count | None = None      # cap on the number of seed images; None takes the paper's counts
     n_test: Count | None = None       # cap on the test images of each group; None takes the paper's counts
     n_pool: Count | None = None       # seed images are drawn from so many; None: from all
