@@ -348,7 +348,7 @@ def _check_weights(path: Path) -> None:
     with open(_present(path), "rb") as f: pointer = f.read(40).startswith(b"version https://git-lfs")
     if pointer:
         raise ValueError(
-            f"{path} is not the weights but a pointer of Git LFS to them; run `git lfs pull` in {path.parent.parent}."
+            f"{path} is not the weights but a pointer of Git LFS to them; run `git lfs pull` in {path.parent}."
         )
     try:
         with safe_open(path, "pt"): pass

@@ -35,6 +35,9 @@ METHOD_LABELS = dict(
     supervised_all="Supervised, all labels",
     diffusion_classifier="Diffusion Classifier",
     generators_labels="Generator's labels",
+    clip_zero_shot="CLIP zero-shot",
+    clip_labels="CLIP's labels",
+    generators_labels_network="Generator's, network",
     fixmatch_da="FixMatch + DA",
     fixmatch_la="FixMatch + LA",
     udal="UDAL",
@@ -65,6 +68,9 @@ METHOD_COLOURS = dict(
     supervised_all="#333333",
     diffusion_classifier="#661100",
     generators_labels="#332288",
+    clip_zero_shot="#DDCC77",
+    clip_labels="#117733",
+    generators_labels_network="#88CCEE",
 )
 
 # %% ../../nbs/report/02_style.ipynb #c8dc8e02

@@ -74,14 +74,16 @@ def files_hash(folder: Path) -> str: # 64 hex digits
 
 # %% ../../nbs/runs/03_identity.ipynb #1de20003
 @lru_cache
-def hub_commit(name: str) -> str: # 40 hex digits; "" if neither the hub nor its cache knows the name
+def hub_commit(name: str,
+               file: str = "model_index.json", # one that every such model has, for when only the cache can be asked
+              ) -> str: # 40 hex digits; "" if neither the hub nor its cache knows the name
     "The commit of a hub id, `owner/model` or `owner/model@revision`; asked for once a process."
     from huggingface_hub import HfApi, try_to_load_from_cache
     hub_id, _, revision = name.partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id) or hub_id.startswith("."): return ""
     try: return HfApi().model_info(hub_id, revision=revision or None, timeout=5).sha
     except Exception: # no network, no such model: loading it will say so
-        cached = try_to_load_from_cache(hub_id, "model_index.json", revision=revision or None)
+        cached = try_to_load_from_cache(hub_id, file, revision=revision or None)
         return Path(cached).parent.name if isinstance(cached, str) else ""
 
 # %% ../../nbs/runs/03_identity.ipynb #1de20004

@@ -58,6 +58,7 @@ class Task:
     checkpoint: Path                     # where a method may keep its state; removed after the run
     report: Callable[[str], None]        # takes a line of progress
     bars: bool                           # whether progress bars are welcome
+    cache: Path | None = None            # folder in which a method may keep what other runs can use, too
 
 # %% ../../nbs/runs/02_registry.ipynb #15dee502
 @register_method("ucdm", config="ucdm.method.train_config:TrainConfig", uses_pairs=True)

@@ -70,7 +70,7 @@ def _compute(r: Resolved, folder: Path, partial: Path, root, progress: bool, fil
     def pairs():
         with clock.part("pairs"): return read_pairs(r, data, folder, bars, fill)
     labelled, seeds, names = _Handout(r, data), data.split.seeds(data.train), tuple(data.split.known_names)
-    task = Task(spec, r.config, seeds, names, pairs, labelled, partial, _reporter(spec, progress), bars)
+    task = Task(spec, r.config, seeds, names, pairs, labelled, partial, _reporter(spec, progress), bars, folder)
     with clock.part("fit"): fitted = r.method.fit(task)
     clock.seconds["fit"] = round(clock.seconds["fit"] - clock.seconds.get("pairs", 0), 2)
     with clock.part("evaluate"):
