@@ -101,9 +101,8 @@ class Child:
 
 def _live(words, streams, env, cwd):
     "What a child does: be `python words...`, with other streams."
-    for number, connection in streams.items():
-        os.dup2(connection.fileno(), number)
-        connection.close()
+    for number, connection in streams.items(): os.dup2(connection.fileno(), number)
+    for connection in set(streams.values()): connection.close()
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
