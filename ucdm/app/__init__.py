@@ -15,10 +15,14 @@ _ROOMS = dict(
 )
 
 # %% ../../nbs/app/18_overview.ipynb #622b4fe5
-def __getattr__(name: str):
+def _by_name(name: str):
     "A function or class of this wing, by its name alone."
     if name not in _ROOMS: raise AttributeError(f"module 'ucdm.app' has no attribute {name!r}")
     return getattr(importlib.import_module(f"ucdm.app.{_ROOMS[name]}"), name)
 
+__getattr__ = _by_name
+
 # %% ../../nbs/app/18_overview.ipynb #5167caa0
-def __dir__(): return sorted(_ROOMS)
+def _names() -> list[str]: return sorted(_ROOMS)
+
+__dir__ = _names
