@@ -325,7 +325,7 @@ def test_summary_shows_what_anyone_wrote(tmp_path):
     live = Live(page)
     assert not live.found and "script" not in live.tags
     assert live.text.count('document.title = "PWNED"') > 10 and 'href="javascript%3Ax%28%29%23.png"' in page
-    assert "default-src 'none'" in page and page.count("data:image/png") == 1
+    assert "default-src 'none'" in page and page.count("data:image/webp") == 1
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

@@ -28,8 +28,8 @@ def _thumbnail(path, width, changed): # `changed`: a file that is written anew i
     image = Image.open(path).convert("RGB")
     image.thumbnail((width, width), Image.LANCZOS)
     held = io.BytesIO()
-    image.quantize(64).save(held, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
+    image.save(held, "WEBP", quality=80, method=6)
+    return "data:image/webp;base64," + base64.b64encode(held.getvalue()).decode()
 
 
 def thumbnail(path: Path, width: int = 360) -> str: # data URI; "" if there is no such figure
