@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ucdm.core import source
+from ucdm.core import remembered, source
 from ucdm.core.files import ASSETS
 from ucdm.data.datasets import load_dataset
 from ucdm.diffusion.prior import load_prior
@@ -38,11 +38,11 @@ def other_code(monkeypatch):
     def change(module, name, old, new):
         text = source.PACKAGE.parent.joinpath(*module.split(".")).with_suffix(".py").read_text(encoding="utf-8")
         assert text.count(old) >= 1
-        modules = source._package() | {module: source._read_module(module, text.replace(old, new))}
-        monkeypatch.setattr(source, "_package", lambda: modules)
-        source.source_hash.cache_clear()
+        texts = source._sources() | {module: text.replace(old, new)}
+        monkeypatch.setattr(source, "_sources", lambda: texts)
+        source._module.cache_clear(), source.source_hash.cache_clear()
     yield change
-    source.source_hash.cache_clear()
+    source._module.cache_clear(), source.source_hash.cache_clear()
 
 
 def folders(tmp_path):
@@ -75,8 +75,22 @@ def test_another_python_is_no_other_code(tmp_path, monkeypatch):
     monkeypatch.setattr(ast.FunctionDef, "type_params", [], raising=False)
     if "type_params" not in ast.FunctionDef._fields:
         monkeypatch.setattr(ast.FunctionDef, "_fields", (*ast.FunctionDef._fields, "type_params"))
-    source._package.cache_clear(), source.source_hash.cache_clear()
+    monkeypatch.setattr(remembered, "_KNOWN", {})
+    monkeypatch.setenv("UCDM_CACHE", str(tmp_path / "nothing remembered"))
+    source._module.cache_clear(), source.source_hash.cache_clear()
     assert (folders(tmp_path), code_hash("ucdm")) == before
+
+
+def test_hashes_of_code_are_remembered(monkeypatch, other_code):
+    "Another process does not parse again what has not changed, and does what has."
+    before = code_hash("ucdm")
+    monkeypatch.setattr(remembered, "_KNOWN", {})
+    source.source_hash.cache_clear()
+    with monkeypatch.context() as m:
+        m.setattr(source, "_trees_hash", lambda *_: "parsed again")
+        assert code_hash("ucdm") == before
+        other_code("ucdm.method.losses", "pair_loss", "def pair_loss(", "def pair_loss(changed, ")
+        assert code_hash("ucdm") == "parsed again"
 
 
 def test_a_rule_decides_results(other_code):

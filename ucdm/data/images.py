@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -268,11 +269,13 @@ def _refusal(bad: list[tuple[int, Exception]], names: list[str]) -> str:
     )
 
 # %% ../../nbs/data/01_images.ipynb #0d2919d7
+_SMALL = 2**13 # bytes, encoded
+
 def decode_images(sources: list[bytes | Path], # encoded images, or their files
                   names: list[str], # for messages
                   size: int = 32, max_pixels: int | None = None, # None: see `pixel_limit`
                  ) -> Tensor: # uint8 [N, 3, size, size]
-    """Decode in threads, with a progress bar once it takes longer than 3 seconds.
+    """Decode, large images in threads, with a progress bar once it takes longer than 3 seconds.
 
     ValueError names what is not an image, and what has more than `max_pixels` pixels.
     """
@@ -284,11 +287,13 @@ def decode_images(sources: list[bytes | Path], # encoded images, or their files
             if later is None or not _is_large(im): out[i] = _finish(im, size)
             else: im.close(), later.append(i)
         except Exception as e: bad.append((i, e)) # Pillow raises a dozen kinds of errors for broken files
+    first, here, there = partial(fill, later=large), [], []
+    for i, s in enumerate(sources): (here if isinstance(s, bytes) and len(s) < _SMALL else there).append(i)
     # a bar of text: a widget would leave its state in every notebook
     bar = dict(unit="image", delay=3, leave=False)
     with ThreadPoolExecutor() as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning) # the limit is ours
-        for _ in tqdm(pool.map(partial(fill, later=large), range(len(sources))), "decode", len(sources), **bar): pass
+        for _ in tqdm(chain(pool.map(first, there), map(first, here)), "decode", len(sources), **bar): pass
         for i in tqdm(sorted(large), "decode large ones", **bar): fill(i)
     if bad: raise ValueError(printable(_refusal(bad, names)))
     return torch.from_numpy(out)

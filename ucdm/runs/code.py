@@ -15,7 +15,7 @@ def roots(method: str, problem: str = "class_distribution_mismatch",
     "Where the code of a method's results begins."
     m, p = get_method(method), get_problem(problem)
     inside, elsewhere = traced([m.fit, p.split, p.labelled, p.evaluate, *([p.validate] if p.validate else [])])
-    found = {("ucdm.data.datasets", "load_dataset"), ("ucdm.runs.result", "labelling_rounds")}
+    found = {("ucdm.runs.result", "labelling_rounds")}
     if method == "ucdm": found |= {("ucdm.method.fit", "fit_ucdm")}
     if m.uses_prior: found |= {("ucdm.diffusion.prior", "load_prior")}
     if m.uses_pairs: found |= {("ucdm.runs.pools", "read_pairs"), ("ucdm.runs.pools", "fill_locally")}
