@@ -83,9 +83,10 @@ def test_another_python_is_no_other_code(tmp_path, monkeypatch):
 
 def test_hashes_of_code_are_remembered(monkeypatch, other_code):
     "Another process does not parse again what has not changed, and does what has."
+    def another_process(): monkeypatch.setattr(remembered, "_KNOWN", {}), source.source_hash.cache_clear()
+    another_process()
     before = code_hash("ucdm")
-    monkeypatch.setattr(remembered, "_KNOWN", {})
-    source.source_hash.cache_clear()
+    another_process()
     with monkeypatch.context() as m:
         m.setattr(source, "_trees_hash", lambda *_: "parsed again")
         assert code_hash("ucdm") == before

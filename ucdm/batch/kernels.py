@@ -204,8 +204,9 @@ class Starter:
         self.warm = can_fork() and bool(modules)
         if not self.warm: return
         self.context = multiprocessing.get_context("forkserver")
+        runs = RUNS if "ucdm.runs.spec" in modules else ()
         kernel = ["papermill", "ipykernel.kernelapp", "ipykernel.debugger"]
-        self.context.set_forkserver_preload(["ucdm.batch.kernels", *modules, *RUNS, *kernel])
+        self.context.set_forkserver_preload(["ucdm.batch.kernels", *modules, *runs, *kernel])
         # figures into the notebook; that the main module is there already is no news
         calm = ",".join(filter(None, (os.environ.get("PYTHONWARNINGS"), "ignore::RuntimeWarning:runpy")))
         own = dict(MPLBACKEND="module://matplotlib_inline.backend_inline", PYTHONWARNINGS=calm)
