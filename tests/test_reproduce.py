@@ -13,6 +13,7 @@ import nbformat
 import pytest
 import yaml
 
+from processes import ran
 from ucdm.batch.kernels import can_fork
 from ucdm.batch.profiles import find_experiments, load_profile, plan
 
@@ -391,6 +392,15 @@ def test_plan_of_the_paper(tmp_path):
         and "without reading any: cifar100" in done.stdout
         and "would fail" not in done.stdout
     )
+    assert not list(tmp_path.iterdir())
+
+
+def test_plan_finds_no_fault(tmp_path):
+    "A plan computes nothing, and what it replaces by stand-ins is no reason to report a notebook."
+    done = ran("-m", "ucdm.batch.cli", "--only", "lsdm", "--only", "figure_05", "--plan", "--rate", "1000", "--training-rate", "1000",
+               "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "lsdm_bound: trains small models itself" in done.stdout and "would fail" not in done.stdout
     assert not list(tmp_path.iterdir())
 
 

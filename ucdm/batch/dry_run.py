@@ -122,6 +122,11 @@ COSTS = { # what ends a cell: what it means
         "ucdm.diffusion.prior_pipeline.kept_tokenizer",
         "ucdm.lsdm.one_step.fit_one_step",
     ),
+    "trains small models itself": (
+        "ucdm.lsdm.latent_space.fit_pca",
+        "ucdm.lsdm.latent_space.fit_autoencoder",
+        "ucdm.lsdm.small_problem.fit_small",
+    ),
     "uses a judge": ("ucdm.evaluation.judge.load_judge", "ucdm.evaluation.judge.train_judge"),
     "": (
         "ucdm.report.tables.Table.save",

@@ -188,7 +188,7 @@ def execute(source: str, # notebook
 
 # %% ../../nbs/batch/05_kernels.ipynb #c844bc38
 QUIET = dict(PYTHONUNBUFFERED="1", TQDM_DISABLE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", PYTHONUTF8="1",
-             PYTHONIOENCODING="utf-8")
+             PYTHONIOENCODING="utf-8", PYDEVD_DISABLE_FILE_VALIDATION="1")
 
 class Starter:
     """Starts processes that `execute` a notebook: forked from one that has imported what they share, where that is

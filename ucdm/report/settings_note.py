@@ -6,11 +6,14 @@
 __all__ = ['NOT_THE_PAPERS', 'labels_behind', 'never_frozen', 'settings_note']
 
 # %% ../../nbs/report/10_settings_note.ipynb #b0d223fc
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 
 from IPython.display import Markdown
 
+from ..baselines.clip_zero_shot import model_name
+from ..baselines.image_text_model import local_folder
 from ..data.class_names import CLASSES
 from ..data.datasets import HALVES
 from ..data.splits import class_split
@@ -101,7 +104,8 @@ def _note_on_ucdm(results: Sequence[RunResult]) -> str:
 # %% ../../nbs/report/10_settings_note.ipynb #c8e364a5
 def _has_few_labels(r: RunResult) -> bool:
     config = get_method(r.spec.method).config_type
-    return bool(config) and "labels_per_class" in {f.name for f in fields(config)} and r.spec.method != "supervised_all"
+    asks = bool(config) and "labels_per_class" in {f.name for f in fields(config)} and r.spec.method != "supervised_all"
+    return asks and r.seeds.get("labelled") != 0
 
 def _note_on_others(of: Mapping[str, Sequence[RunResult]]) -> str: # method -> its runs
     changed, pool = {m: _over(rs) for m, rs in of.items()}, [r for rs in of.values() for r in rs]
@@ -132,12 +136,22 @@ def _note_on_tests(of: Mapping[str, Sequence[RunResult]], usual: Mapping[str, in
     return f"Tested on fewer images: {'; '.join(sizes)}."
 
 # %% ../../nbs/report/10_settings_note.ipynb #3a4d0c05
+def _behind_clip(r: RunResult) -> str:
+    name = model_name(method_config(r.spec).model, r.spec.prior)
+    folder = local_folder(name)
+    record = json.loads((folder / "training.json").read_text(encoding="utf-8")) if folder else {}
+    if not record.get("n_images"): return f"the model is {name}, which learnt from whatever its authors took"
+    return f"their CLIP learnt from {record['n_images']:,} images with captions that name {len(record['classes'])} classes"
+
+
 def _note_on_labels(of: Mapping[str, Sequence[RunResult]]) -> str | None: # method -> its runs
     "What other methods owe to the labelled images behind the generator."
     behind = next((labels_behind(rs[0].spec) for m, rs in of.items() if get_method(m).uses_prior), "")
     parts = []
     if behind and "diffusion_classifier" in of:
         parts.append(f"**{_label('diffusion_classifier')}** is given no label, but its generator learnt from {behind}.")
+    if clips := {m: rs for m, rs in of.items() if m.startswith("clip_")}:
+        parts.append(f"**{' and '.join(map(_label, clips))}**: no label, but {_behind_clip(next(iter(clips.values()))[0])}.")
     if "generators_labels" in of:
         parts.append(
             f"**{_label('generators_labels')}** is a classifier of the images that the generator learnt from"

@@ -16,7 +16,7 @@ from ..core.progress import say
 from .code import code_hash
 from .identity import is_packaged, resolve, Resolved
 from .pools import cache_folder, fill_locally, read_pairs, run_data, RunData
-from .provenance import peak_memory_mb, provenance
+from .provenance import answering, peak_memory_mb, provenance
 from .registry import Evaluation, Task
 from .result import labelling_rounds, read_result, RunResult, write_result
 from .spec import RunSpec
@@ -79,6 +79,7 @@ def _compute(r: Resolved, folder: Path, partial: Path, root, progress: bool, fil
         dear = r.method.uses_prior and not r.method.uses_pairs # its answers
         if r.problem.validate and is_packaged(spec.prior) and not dear:
             evaluation.protocols |= r.problem.validate(fitted, data.split, data.train, spec.prior)
+    where |= dict(answering=answering(fitted, data.test.images[:4 if dear else 256]))
     where |= dict(
         code=code,
         seconds=clock.seconds,
