@@ -13,7 +13,6 @@ import nbformat
 import pytest
 import yaml
 
-from processes import ran
 from ucdm.batch.kernels import can_fork
 from ucdm.batch.profiles import find_experiments, load_profile, plan
 
@@ -397,8 +396,9 @@ def test_plan_of_the_paper(tmp_path):
 
 def test_plan_finds_no_fault(tmp_path):
     "A plan computes nothing, and what it replaces by stand-ins is no reason to report a notebook."
-    done = ran("-m", "ucdm.batch.cli", "--only", "lsdm", "--only", "figure_05", "--plan", "--rate", "1000", "--training-rate", "1000",
-               "--out", tmp_path / "out")
+    asked = ["--only", "lsdm", "--only", "figure_05", "--plan", "--rate", "1000", "--training-rate", "1000"]
+    command = [sys.executable, "-m", "ucdm.batch.cli", *asked, "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "lsdm_bound: trains small models itself" in done.stdout and "would fail" not in done.stdout
     assert not list(tmp_path.iterdir())
