@@ -8,7 +8,7 @@ __all__ = ['MERGED', 'profile', 'LongTail', 'fraction_of', 'class_counts', 'Long
 # %% ../../nbs/data/09_long_tailed.ipynb #55b3dfdd
 import hashlib, json, math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Literal
 
 import torch
@@ -46,6 +46,11 @@ class LongTail:
 
     def __post_init__(self):
         two = self.protocol == "two_profiles"
+        idle = dict(one_profile=("gamma_unlabelled", "total_unlabelled"), two_profiles=("beta",),
+                    merged=("n_head", "gamma", "gamma_unlabelled", "total_unlabelled"))[self.protocol]
+        for f in fields(self):
+            if f.name in idle and getattr(self, f.name) != f.default:
+                raise ValueError(f"LongTail.{f.name} has no meaning for the protocol {self.protocol}; leave it out.")
         if two != (self.n_unlabelled is not None):
             raise ValueError("LongTail.n_unlabelled belongs to the protocol two_profiles, which needs it.")
         if (self.protocol == "merged") != (self.merge is not None):
@@ -177,7 +182,9 @@ def _check_counts(names, order, labelled, unlabelled, available) -> None:
         if not n:
             raise ValueError(f"the class {names[k]} would have no labelled image; take a larger n_head or beta, or a "
                              "smaller gamma.")
-        if n + m > there: raise ValueError(f"{names[k]} needs {n + m:,} images, there are {there:,}.")
+        if n + m > there:
+            raise ValueError(f"{names[k]} needs {n + m:,} images, there are {there:,}; take a smaller n_head or "
+                             "n_unlabelled, or a larger data set.")
 
 # %% ../../nbs/data/09_long_tailed.ipynb #033ff431
 def _draw_test(test: ImageSet, group: Tensor, seed: int, n_test: int | None) -> Tensor: # int64, ascending
@@ -198,7 +205,7 @@ def long_tailed_split(train: ImageSet, test: ImageSet, c: LongTail, seed: int = 
     label = group[train.labels]
     rows = [(label == k).nonzero()[:, 0] for k in order] # by rank
     if empty := [names[k] for k, r in zip(order, rows) if not len(r)]:
-        raise ValueError(f"{train.name} has no training images of {', '.join(empty)}.")
+        raise ValueError(f"{train.name} has no training images of {', '.join(empty)}; choose another data set or merge.")
     available = [min(len(r), limits[k] or len(r)) for k, r in zip(order, rows)]
     labelled, unlabelled = class_counts(c, available)
     _check_counts(names, order, labelled, unlabelled, available)

@@ -30,7 +30,9 @@ def soft_cross_entropy(teacher: Tensor, # logits [B, K]; no gradient goes throug
 # %% ../../nbs/longtail/08_adello.ipynb #b5ccc29b
 @settings
 class ADELLOConfig(ShiftedConfig):
-    "Settings of ADELLO; defaults: those of its code, but for the temperature, which is the paper's."
+    """Settings of ADELLO. Defaults of its own settings: those of its code, but for the temperature, which is the paper's;
+    ratio and length are the loop's.
+    """
     estimate: Literal["ring", "ema"] = "ema"
     flexible: bool = True # flexible alignment; without it there is no shift
     soft: Literal["complement", "all", "none"] = "complement" # which answers teach softly ("all": its KD variant)

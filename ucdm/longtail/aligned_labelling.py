@@ -138,9 +138,11 @@ def relabel(ucdm: UCDM, # its pseudo-labels of this round are changed in place
     told = {name: v.tolist() for name, v in found.items()}
     if c.align == "none": return told
     Q = found[c.estimate] if c.distribution is None else torch.tensor(c.distribution, dtype=torch.double)
-    q, q_tilde = other_driven(closed_probs, open_probs)[~earlier], known_driven(closed_probs, open_probs)[~earlier]
-    if c.align == "quota": labels = labels_by_quota(q, q_tilde, Q, len(entry["index"]))
-    else: labels = assign(scaled_to(q, Q), scaled_to(q_tilde / q_tilde.sum(1, keepdim=True), Q), c.delta)
+    q, q_tilde = other_driven(closed_probs, open_probs), known_driven(closed_probs, open_probs)
+    if c.align == "quota": labels = labels_by_quota(q[~earlier], q_tilde[~earlier], Q, len(entry["index"]))
+    else: # Q is that of all images, so all are scaled
+        each = scaled_to(q, Q), scaled_to(q_tilde / q_tilde.sum(1, keepdim=True), Q)
+        labels = assign(*(p[~earlier] for p in each), c.delta)
     items = (~earlier).nonzero()[:, 0]
     ucdm.pseudo_labels[items], ucdm.pseudo_rounds[items] = labels, torch.where(labels >= 0, entry["round"], -1)
     entry |= dict(index=items[labels >= 0].tolist(), label=labels[labels >= 0].tolist())

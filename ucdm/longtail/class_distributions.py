@@ -111,8 +111,10 @@ def scaled_to(probs: Tensor, # [N, K]
 def bbse(probs: Tensor, labels: Tensor, # held-out labelled images: predictions [M, K], true labels [M]
          mean: Tensor, # mean prediction for the unlabelled images [K]
         ) -> Tensor: # float64 [K]
-    "Soft black box shift estimation, by non-negative least squares."
+    "Soft black box shift estimation, by non-negative least squares. ValueError for a class without a held-out image."
     from scipy.optimize import nnls
+    if lacking := sorted(set(range(probs.shape[1])) - set(labels.tolist())):
+        raise ValueError(f"bbse needs a held-out image of every class; of class {lacking[0]} there is none. Hold out more.")
     confusion = torch.stack([probs[labels == k].double().mean(0) for k in range(probs.shape[1])], 1)
     found = torch.from_numpy(nnls(confusion.numpy(), mean.double().numpy())[0])
     return found / found.sum()

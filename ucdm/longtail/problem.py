@@ -71,7 +71,10 @@ def adjusted(probs: Tensor, # [N, K]
 # %% ../../nbs/longtail/02_problem.ipynb #2ff82116
 def pseudo_labels_of(fitted, # a learner, trained
                      split: LongTailSplit) -> dict[str, list[int]]: # see `pseudo_label_counts`; {} without a threshold
-    "Which unlabelled images a learner would label now, without augmentation, and rightly."
+    """Which unlabelled images a learner would label now, without augmentation, and rightly.
+
+    By the prediction as it is: what a method aligns or refines before it labels is not applied.
+    """
     threshold = getattr(getattr(fitted, "config", None), "threshold", None)
     if threshold is None: return {}
     confidence, label = answers(fitted, fitted.images.cpu()[~split.given])[0].softmax(1).max(1)

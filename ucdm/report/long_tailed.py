@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['long_tail_spec', 'trained', 'under', 'crossed', 'uncrossed', 'frame_by_setting', 'values_of', 'shift_name',
-           'long_tail_note', 'quoted_from', 'supervised_passes']
+           'long_tail_note', 'quoted_from', 'supervised_passes', 'as_many_passes']
 
 # %% ../../nbs/report/17_long_tailed.ipynb #dcc7ef37
 import math
@@ -14,11 +14,12 @@ from dataclasses import fields, replace
 import pandas as pd
 from IPython.display import Markdown
 
+from ..core.checked import nearest
 from ..data.long_tailed import LongTail
 from .ablations import variants_frame
 from .longtail_printed import columns, printed
 from .style import DATASET_LABELS
-from ..runs.registry import get_method
+from ..runs.registry import get_method, METHODS
 from ..runs.result import RunResult
 from ..runs.spec import RunSpec
 
@@ -33,8 +34,10 @@ def long_tail_spec(dataset: str, options: Mapping, # fields of LongTail
 def trained(method: str, settings: Mapping, # for all methods that know them
             **own, # for this one; ValueError later, if it does not know them
            ) -> dict: # overrides of a RunSpec
-    "A method with the settings of a comparison."
+    "A method with the settings of a comparison. ValueError for a setting that no method has, with the nearest."
     known = {f.name for f in fields(get_method(method).config_type)}
+    anywhere = {f.name for m in METHODS.values() if m.config_type for f in fields(m.config_type)}
+    if lost := [k for k in settings if k not in anywhere]: raise ValueError(nearest(lost[0], anywhere, "setting"))
     given = {k: v for k, v in settings.items() if k in known}
     return dict(method=method, train=dict(labels_per_class=None) | given | own)
 
@@ -98,8 +101,9 @@ def long_tail_note(results: Sequence[RunResult]) -> Markdown:
                 two_profiles=f"labelled images with a ratio of {tail.gamma:g}, unlabelled ones with their own",
                 merged=f"merged classes, {tail.beta:.0%} labelled")[tail.protocol]
     sizes = f"a WideResNet-{config.get('depth', 28)}-{config.get('width', 2)}, "
-    budget = config.get("image_passes")
-    sizes += f"{budget:,} image passes" if budget else f"{config.get('iterations', 0):,} iterations"
+    kind_of_budget = "image passes" if config.get("image_passes") else "iterations"
+    spent = sorted({r.spec.train.get(kind_of_budget.replace(" ", "_")) or 0 for r in results})
+    sizes += " to ".join(f"{n:,}" for n in dict.fromkeys((spent[0], spent[-1]))) + f" {kind_of_budget}"
     seeds = sorted({r.spec.seed for r in results})
     devices = sorted({r.provenance["device"] for r in results if "device" in r.provenance})
     lines = [f"**{DATASET_LABELS.get(spec.dataset, spec.dataset)}**, {K} classes: {kind}"
@@ -125,3 +129,9 @@ def supervised_passes(settings: Mapping) -> dict: # settings of supervised learn
     "A budget for supervised learning with as many steps as FixMatch has."
     if settings.get("image_passes") is None: return {}
     return dict(image_passes=settings["image_passes"] // (1 + 2 * settings.get("ratio", 7)))
+
+
+def as_many_passes(settings: Mapping) -> dict: # settings of supervised learning
+    "A budget for supervised learning with as many image passes as FixMatch has."
+    if settings.get("image_passes") is not None: return {}
+    return dict(iterations=settings["iterations"] * (1 + 2 * settings.get("ratio", 7)))
