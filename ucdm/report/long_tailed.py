@@ -19,7 +19,7 @@ from ..data.long_tailed import LongTail
 from .ablations import variants_frame
 from .longtail_printed import columns, printed
 from .style import DATASET_LABELS
-from ..runs.registry import get_method, METHODS
+from ..runs.registry import get_method, get_problem, METHODS
 from ..runs.result import RunResult
 from ..runs.spec import RunSpec
 
@@ -35,6 +35,7 @@ def trained(method: str, settings: Mapping, # for all methods that know them
             **own, # for this one; ValueError later, if it does not know them
            ) -> dict: # overrides of a RunSpec
     "A method with the settings of a comparison. ValueError for a setting that no method has, with the nearest."
+    get_problem("long_tailed") # so that its methods are registered
     known = {f.name for f in fields(get_method(method).config_type)}
     anywhere = {f.name for m in METHODS.values() if m.config_type for f in fields(m.config_type)}
     if lost := [k for k in settings if k not in anywhere]: raise ValueError(nearest(lost[0], anywhere, "setting"))
