@@ -25,7 +25,7 @@ from ucdm.batch.profiles import (
 )
 from .runner import Batch
 from ..core.checked import nearest
-from ..core.files import check_one_writer, write_atomic
+from ..core.files import atomic_json, check_one_writer, write_atomic
 from ..core.progress import human_time, print_anything
 
 # %% ../../nbs/batch/11_cli.ipynb #5b02912c
@@ -43,6 +43,18 @@ def _results_of(folder: Path, name: str) -> set[Path]: # paths below `folder`
     files = {summary, *map(Path, [*found["figures"], *found["tables"], *runs])}
     return {f for f in files if (folder / f).exists()}
 
+# %% ../../nbs/batch/11_cli.ipynb #0cf70002
+def _publish_file(out: Path, committed: Path, f: Path) -> None:
+    "Copy a file of a batch; the batch's folder in it becomes outputs/PROFILE, and a checksum is renewed."
+    root, content = committed.resolve().parents[2], (out / f).read_bytes()
+    home, notebook = root / "outputs" / committed.name, root / "nbs" / "experiments" / "paper"
+    here, there = (os.path.relpath(folder.resolve(), notebook).encode() for folder in (out, home))
+    if here == there or f.suffix == ".png" or here not in content: return write_atomic(committed / f, content)
+    content = content.replace(here, there)
+    if f.suffix != ".json" or "checksum" not in (said := json.loads(content)): return write_atomic(committed / f, content)
+    del said["checksum"]
+    atomic_json(committed / f, said, checksum=True)
+
 # %% ../../nbs/batch/11_cli.ipynb #f235dea9
 def publish(out: Path, # folder of a batch
             committed: Path, # folder of the repository's results of its profile
@@ -57,7 +69,7 @@ def publish(out: Path, # folder of a batch
     files = {f for n in ran for f in _results_of(out, n)} | {Path("index.html")}
     if (out / "results" / "batch.json").exists(): files.add(Path("results", "batch.json"))
     stay = {f for n in names - ran for f in _results_of(committed, n)}
-    for f in files: write_atomic(committed / f, (out / f).read_bytes())
+    for f in files: _publish_file(out, committed, f)
     old = [f for f in committed.rglob("*") if f.is_file() and f.relative_to(committed) not in files | stay]
     for f in old: f.unlink()
     return len(files), len(old)
