@@ -105,7 +105,7 @@ def write_card(folder: Path, # pipeline folder with training.json
     save_image(sample_images(prior, tuple(record["classes"])) / 255, folder / "samples.png", nrow=10)
     rows = "\n".join(f"| {k} | {v} |" for k, v in _facts(record, about).items())
     word = {"holds": "Reached", "does not hold": "Missed", None: "Not tested"}
-    said = [(c["claim"], word.get(c["outcome"], c["outcome"].capitalize()), c["evidence"]) for c in
+    said = [(c["claim"], word.get(c["outcome"]) or c["outcome"].capitalize(), c["evidence"]) for c in
             (quality["checks"] if quality else [])]
     goals = "\n".join(f"- {claim} {outcome}: {evidence}" for claim, outcome, evidence in said)
     text = f"""# Mini prior: {record['dataset']}
