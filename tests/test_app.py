@@ -382,3 +382,25 @@ def test_other_commands_hang_below(tmp_path):
     assert "no pair store" in (found := ucdm("store", "status", tmp_path))[2] and found[0] == 2
     assert ucdm("pairs", "--help")[0] == 0 and "--store" in ucdm("pairs", "--help")[1]
     assert "--profile" in ucdm("reproduce", "--help")[1]
+
+
+def test_pairs_by_a_generator_of_larger_images(tmp_path):
+    """Photographs are encoded from their files where the generator's images are larger than the classifier's, and what
+    measures its memory, which has no file, is encoded as it is.
+    """
+    from ucdm.app.photographs import pixels_of, SharpPrior
+    from ucdm.data.datasets import load_dataset
+    from ucdm.data.images import ImageSet
+    from ucdm.data.photographs import PhotoOptions
+    from ucdm.diffusion.prior import load_prior
+    from ucdm.method.generate import generate_pairs
+    from ucdm.method.pairs import PairConfig
+
+    paths, options = [tmp_path / f"{i}.png" for i in range(3)], PhotoOptions(16)
+    for path, image in zip(paths, load_dataset("fashion-mnist", "train").images[:3]):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).resize((64, 64)).save(path)
+    small = torch.stack([torch.as_tensor(pixels_of(path, options)) for path in paths])
+    photographs = ImageSet(small, torch.full((3,), -1), ("bag",))
+    prior = SharpPrior(load_prior("fashion-mnist"), small, paths, options)
+    pairs = generate_pairs(prior, photographs, ("bag",), PairConfig(steps=1), tmp_path / "store", progress=False)
+    assert len(pairs) == 3

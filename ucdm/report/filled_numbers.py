@@ -52,7 +52,7 @@ def number_of(source: str, # profile/notebook/number, perhaps with " | " and a f
 
 # %% ../../nbs/report/14_filled_numbers.ipynb #a4000011
 _VERDICT = "holds|hint|partly|not shown|does not hold|not tested|not run"
-_FILLED = re.compile(rf"([-–−]?\d[\d.,]*(?: ± [\d.,]+)?|[–?]|{_VERDICT})(?=<!--= (.+?) -->)")
+_FILLED = re.compile(rf"([-–−]?\d[\d.,]*(?: ± [\d.,]+)?|[–?]|{_VERDICT}|(?<=[\s(|]))(?=<!--= (.+?) -->)") # or nothing yet
 _SOURCE = re.compile(r"<!--= .+? -->")
 
 def filled(text: str, # Markdown with sources

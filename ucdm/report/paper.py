@@ -238,7 +238,7 @@ _SLIPS = [ # table, method, where, what, use
 
 # %% ../../nbs/report/01_paper.ipynb #427be15f
 _MORE_SLIPS = [
-    (6, "", "", "20 headings, 19 values: assigned in order, which leaves step 20 empty.", "quoted"),
+    (6, "", "", "20 headings, 19 values, printed under 1 to 19: read as those of steps 2 to 20.", "quoted"),
     (7, "ds3l", "Tiny-ImageNet", "Balance -6.0 of (25.4, 0, 0); recomputed -6.2.", "quoted"),
     (7, "mtcf", "Tiny-ImageNet",
      "0.0 unknown, 100.0 new: an odd pair for a method that cannot tell them apart.",
