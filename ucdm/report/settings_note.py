@@ -12,8 +12,6 @@ from dataclasses import fields, replace
 
 from IPython.display import Markdown
 
-from ..baselines.clip_zero_shot import model_name
-from ..baselines.image_text_model import local_folder
 from ..data.class_names import CLASSES
 from ..data.datasets import HALVES
 from ..data.splits import class_split
@@ -137,6 +135,8 @@ def _note_on_tests(of: Mapping[str, Sequence[RunResult]], usual: Mapping[str, in
 
 # %% ../../nbs/report/10_settings_note.ipynb #3a4d0c05
 def _behind_clip(r: RunResult) -> str:
+    from ucdm.baselines.clip_zero_shot import model_name
+    from ucdm.baselines.image_text_model import local_folder
     name = model_name(method_config(r.spec).model, r.spec.prior)
     folder = local_folder(name)
     record = json.loads((folder / "training.json").read_text(encoding="utf-8")) if folder else {}
