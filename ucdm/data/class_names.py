@@ -84,6 +84,7 @@ CLASSES = { # data set: class names in the official order
     "cifar100": name_list(_CIFAR100),
     "tiny-imagenet": tuple(TINY_WORDS.values()),
     "cifar10-half": name_list(_CIFAR10),
+    "cifar100-half": name_list(_CIFAR100),
 }
 
 # %% ../../nbs/data/02_class_names.ipynb #35d7a7ac

@@ -31,6 +31,7 @@ IMAGES_PER_CLASS = {
     "cifar10": (5_000, 1_000),
     "cifar10-half": (2_500, 1_000),
     "cifar100": (500, 100),
+    "cifar100-half": (250, 100),
     "tiny-imagenet": (500, 50),
 }
 
@@ -126,9 +127,23 @@ def download_dataset(dataset: str, # "cifar10", "cifar100" or "tiny-imagenet"
 # %% ../../nbs/data/06_datasets.ipynb #b51b690a
 # of each class's training images
 MEDIAN_HASHES = {
-    "cifar10": ("7f7d4f", "80e8c9", "83ed3d", "83f0d7", "7f8553", "7fb892", "7e9fc9", "80d590", "7f382a", "8105e9")
+    "cifar10": ("7f7d4f", "80e8c9", "83ed3d", "83f0d7", "7f8553", "7fb892", "7e9fc9", "80d590", "7f382a", "8105e9"),
+    "cifar100": tuple(
+        """
+        82ea21 8178eb 7feb33 7e0a45 7d07e2 7b9163 7f9df5 7ef449 83926d 7aa1f9 822f91 826017
+        834e23 8684d3 799f73 802732 7c3bdd 83a7c0 779946 80a2a6 83584a 7fcf2e 7ec5b4 7eda32
+        80d7eb 7fb484 86a7b7 7a1462 79905a 8932e0 72ee4d 86645c 794d49 771e55 7e80ea 796d68
+        8333be 79aee7 742d5f 796a90 85f304 7575da 7dc2ec 7fe3cc 87dfc2 7c66b9 7ebd0f 7c9edc
+        76bf52 807451 7b6511 83c851 827e1d 7f8864 79d6a9 87658a 842d29 7fa229 860a97 7c4105
+        766406 82f9b1 853cc5 7d1750 832a77 7720b1 75ad1e 77b110 863b76 782779 84c6bf 7a9400
+        8031f3 82664d 892a18 7b62fd 85a723 7e8e06 819810 7b1d07 86ae16 841e7a 7b5e69 899202
+        7b8b66 8c32fa 75a0a1 87543f 821b40 768f87 804743 889c3d 7a81a1 819e06 896a9f 818c10
+        809fd8 819e85 827bbf 86847c
+        """.split()
+    ),
 }
-HALVES = {"cifar10-half": "cifar10"} # data set: the one whose training images it has half of
+# data set: the one whose training images it has half of
+HALVES = {"cifar10-half": "cifar10", "cifar100-half": "cifar100"}
 
 # %% ../../nbs/data/06_datasets.ipynb #f7f66a92
 def halve(whole: ImageSet, # labelled training images, all or some

@@ -77,6 +77,7 @@ CLASS_SPLITS: dict[str, dict[str, ClassSplit]] = { # data set: name of the split
     "cifar10": {str(s): s for s in _TEN},
     "cifar10-half": {str(s): s for s in _TEN},
     "cifar100": {"20/60/20": ClassSplit(_KNOWN_100, _OTHER_100[:60], _OTHER_100[60:])},
+    "cifar100-half": {"20/60/20": ClassSplit(_KNOWN_100, _OTHER_100[:60], _OTHER_100[60:])},
     "tiny-imagenet": {"20/80/100": consecutive(20, 80, 100)}}
 
 # %% ../../nbs/data/07_splits.ipynb #268a9dec

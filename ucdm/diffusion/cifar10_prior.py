@@ -40,14 +40,29 @@ CIFAR10 = MiniPriorConfig(
 )
 SIZES = dict(
     small=CIFAR10,
+    medium=replace(
+        CIFAR10,
+        vae_batch=256,
+        vae_steps=4000,
+        text_width=128,
+        vocab_size=2000,
+        unet_channels=(96, 128, 160),
+        batch=512,
+        lr=6e-4,
+        steps=20_000,
+        warmup=1000,
+        ema_decay=0.9998,
+    ),
     large=replace(CIFAR10, unet_channels=(128, 224, 288), batch=256, steps=40_000, warmup=1000, ema_decay=0.9998),
 )
 
 # %% ../../nbs/diffusion/09_cifar10_prior.ipynb #72b4f7bb
 def extra_images(name: str, # "fashion-mnist", "cifar100" or "tiny-imagenet"
-                ) -> ImageSet: # labelled; never the embedded seed images of Fashion-MNIST
-    "Training images of another data set."
-    return fashion_mnist_images() if name == "fashion-mnist" else load_dataset(name, "train")
+                ) -> ImageSet: # labelled; never seed images
+    "Training images of another data set; where it has a half for seed images, only those of the other half."
+    if name == "fashion-mnist": return fashion_mnist_images()
+    images = load_dataset(name, "train")
+    return halve(images, MEDIAN_HASHES[name])[1] if name in MEDIAN_HASHES else images
 
 # %% ../../nbs/diffusion/09_cifar10_prior.ipynb #440c79bd
 ABOUT = About(

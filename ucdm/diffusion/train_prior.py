@@ -90,6 +90,13 @@ def step_bar(what: str, start: int, steps: int, shown: bool = True) -> tqdm: # y
         range(start, steps), initial=start, total=steps, desc=what, unit="step", mininterval=10, disable=not shown
     )
 
+# %% ../../nbs/diffusion/07_train_prior.ipynb #a7d0c3e2
+def _normal(shape: tuple[int, ...], g: torch.Generator, device: str) -> Tensor: # float32, on the device
+    "Standard normal numbers that depend on `g`, and on whether a CUDA device draws them."
+    if torch.device(device).type != "cuda": return torch.randn(shape, generator=g).to(device)
+    there = torch.Generator(device).manual_seed(torch.randint(2**62, (), generator=g).item())
+    return torch.randn(shape, generator=there, device=device)
+
 # %% ../../nbs/diffusion/07_train_prior.ipynb #df1fbe23
 def vae_loss(vae: AutoencoderKL, kl_weight: float) -> Callable[[Tensor, Tensor], Tensor]:
     "The loss of a batch of images, given the noise that samples their latents."
@@ -123,6 +130,7 @@ def train_vae(
     """
     state = load_checkpoint(checkpoint, config, VAE_FIELDS)
     vae.to(device, memory_format=torch.channels_last).train()
+    if torch.device(device).type == "cuda": images = images.to(device)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=config.vae_lr, weight_decay=1e-4)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, config.vae_lr, total_steps=config.vae_steps, pct_start=0.05
@@ -146,11 +154,10 @@ def train_vae(
     bar = step_bar("autoencoder", start, config.vae_steps)
     for step in bar:
         g = step_generator(config.seed, "vae", step)
-        x = to_float(images[torch.randint(len(images), (config.vae_batch,), generator=g)])
+        x = to_float(images[torch.randint(len(images), (config.vae_batch,), generator=g).to(images.device)])
         x = x.to(device, memory_format=torch.channels_last)
         with torch.autocast(device, torch.bfloat16):
-            noise = torch.randn((config.vae_batch, config.latent_channels, 16, 16), generator=g)
-            loss = loss_of(x, noise.to(device))
+            loss = loss_of(x, _normal((config.vae_batch, config.latent_channels, 16, 16), g, device))
         loss.backward()
         optimizer.step(); scheduler.step(); optimizer.zero_grad()
         if step % 50 == 49: losses.append(loss.item()); bar.set_postfix(loss=f"{losses[-1]:.4f}")
@@ -210,9 +217,14 @@ class _UNetState:
         self.text = pipe.text_encoder.to(device).train()
         choose_attention(self.unet, device)
         self.params = [*self.unet.parameters(), *self.text.parameters()]
-        self.optimizer = torch.optim.AdamW(self.params, lr=config.lr, betas=(0.9, 0.99), weight_decay=1e-2)
+        on_card = torch.device(device).type == "cuda" # where one launch for all parameters is much faster
+        self.optimizer = torch.optim.AdamW(
+            self.params, lr=config.lr, betas=(0.9, 0.99), weight_decay=1e-2, fused=on_card
+        )
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: rate(step, config))
-        self.ema = EMAModel(self.params, decay=config.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+        self.ema = EMAModel(
+            self.params, decay=config.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75, foreach=on_card
+        )
         self.step, self.curve, self.running, self.clock = 0, [], [], Clock(allowed=minutes)
         if state := load_checkpoint(checkpoint, config, UNET_FIELDS):
             for name in self.PARTS: getattr(self, name).load_state_dict(state[name])
@@ -262,7 +274,8 @@ def train_unet(
 
     ValueError if the checkpoint is of another recipe, FloatingPointError if the loss is not finite.
     """
-    mean, std = latents
+    # where a card computes, it also holds the latents
+    mean, std = (x.to(device) if torch.device(device).type == "cuda" else x for x in latents)
     n_images = len(labels)
     n_train = n_images - config.n_validation
     alpha_bar = pipe.scheduler.alphas_cumprod.to(device)
@@ -273,15 +286,14 @@ def train_unet(
 
     def batch_loss(index, g, weight):
         n, image = len(index), index % n_images
-        z = torch.randn(2, n, *mean.shape[1:], generator=g)
-        x0 = (mean[index].float() + std[index].float() * z[0]).to(device, memory_format=torch.channels_last)
+        z, at = _normal((2, n, *mean.shape[1:]), g, device), index.to(mean.device)
+        x0 = (mean[at].to(device).float() + std[at].to(device).float() * z[0]).to(memory_format=torch.channels_last)
         t = ((torch.arange(n) + torch.rand(n, generator=g)) * (1000 / n)).long().to(device)
         with torch.autocast(device, torch.bfloat16):
             hidden = state.text(sampler(labels[image], adjective[image], g).to(device)).last_hidden_state
-            return (weight[t] * errors_of(x0, z[1].to(device, memory_format=torch.channels_last), t, hidden)).mean()
+            return (weight[t] * errors_of(x0, z[1].to(memory_format=torch.channels_last), t, hidden)).mean()
 
-    @torch.no_grad()
-    def validation_loss():
+    def validation_loss(): # with gradients, which nobody uses: without them it would be compiled once more
         batches, ones = torch.arange(n_train, n_images).split(config.batch), torch.ones_like(weight)
         generators = (step_generator(config.seed, "validation", k) for k in range(len(batches)))
         return float(np.mean([batch_loss(i, g, ones).item() for i, g in zip(batches, generators)]))
@@ -383,7 +395,8 @@ def train(
     pipe = build_pipeline(config, tokenizer)
     train_vae(pipe.vae, images.images, config, out / "vae.ckpt", device, compile)
     both = torch.cat([images.images, images.images.flip(-1)]) if config.flip else images.images
-    latents, adjective = encode_dataset(pipe.vae, both), brightness_adjective(images.images, images.labels)
+    latents = encode_dataset(pipe.vae, both, 1024 if torch.device(device).type == "cuda" else 32)
+    adjective = brightness_adjective(images.images, images.labels)
     sampler, checkpoint = caption_sampler(tokenizer, images.classes, config), out / "unet.ckpt"
     train_unet(
         pipe, latents, images.labels, adjective, sampler, config, checkpoint, device, compile, minutes=minutes

@@ -79,6 +79,7 @@ DATASET_LABELS = {
     "cifar10": "CIFAR-10",
     "cifar10-half": "CIFAR-10 (half)",
     "cifar100": "CIFAR-100",
+    "cifar100-half": "CIFAR-100 (half)",
     "tiny-imagenet": "Tiny-ImageNet",
     "fashion-mnist": "Fashion-MNIST",
 }

@@ -44,8 +44,9 @@ def method_config(spec: RunSpec): # the method's dataclass, or None
     check_fields(spec.train, cls, f"RunSpec train, settings of {spec.method}", reserved)
     base = cls(seed=spec.seed) if "seed" in names else cls()
     if "lambda2" in names:
+        from ucdm.data.datasets import HALVES
         from ucdm.method.losses import LAMBDA_2
-        base = replace(base, lambda2=LAMBDA_2.get(spec.dataset, base.lambda2))
+        base = replace(base, lambda2=LAMBDA_2.get(HALVES.get(spec.dataset, spec.dataset), base.lambda2))
     if hasattr(base, "with_differences"): base = base.with_differences(Differences(**spec.differences))
     config = replace(base, **{k: tuple(v) if isinstance(v, list) else v for k, v in spec.train.items()})
     return config.of_prior(spec.prior) if hasattr(config, "of_prior") else config
