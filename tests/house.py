@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-WINGS = "core data diffusion theory method evaluation runs baselines longtail lsdm report batch app dev".split()
+WINGS = "core data diffusion theory method evaluation runs baselines likelihood longtail lsdm report batch app dev".split()
 EXPERIMENTS = "paper beyond longtail lsdm".split()
 PAGES = {"index", "reproduction", "findings"}  # notebooks beside the wings: prose only
 REGISTRIES = {"ucdm.runs.registry"}  # modules that may import a later wing by its name

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Fraction', 'answers', 'certainty', 'threshold_for_rate', 'CutPoint', 'cut_points', 'threshold_for_precision',
-           'tempered', 'calibration_loss', 'fit_temperature', 'cut_curve']
+           'tempered', 'calibration_loss', 'fit_temperature', 'cut_from_labels', 'cut_curve']
 
 # %% ../../nbs/app/04_cut.ipynb #f29d3282
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
@@ -61,15 +61,18 @@ class CutPoint:
     accepted: int # images that get a class
     right: int # of these, images that get their own class
     total: int # labelled images
+    temperature: float | None = None # at which the threshold holds; None: that of the probabilities it was found with
 
     @property
     def precision(self) -> float: return self.right / self.accepted if self.accepted else math.nan
 
     def __str__(self):
-        if not self.accepted: return f"threshold {self.threshold:.3f}: none of {self.total} labelled images gets a class"
+        cut = f"threshold {self.threshold:.3f}"
+        if self.temperature: cut += f" at temperature {self.temperature:.3g}"
+        if not self.accepted: return f"{cut}: none of {self.total} labelled images gets a class"
         low, high = binomtest(self.right, self.accepted).proportion_ci(method="wilson")
         return (
-            f"threshold {self.threshold:.3f}: {self.accepted} of {self.total} labelled images get a class, "
+            f"{cut}: {self.accepted} of {self.total} labelled images get a class, "
             f"{self.precision:.0%} of them the right one (95 % interval {low:.0%} to {high:.0%})"
         )
 
@@ -128,6 +131,22 @@ def fit_temperature(probs: Tensor, labels: Tensor, absent: Tensor | None = None,
     if not len(labels): return 1.0
     loss = lambda log_t: calibration_loss(tempered(probs, math.exp(log_t)), labels, absent)
     return round(math.exp(minimize_scalar(loss, bounds=(-math.log(20), math.log(20)), method="bounded").x), 4)
+
+# %% ../../nbs/app/04_cut.ipynb #7c1b2a21
+def cut_from_labels(probs: Tensor, # a model's, of labelled images [N, K + 1]
+                    labels: Tensor, # int64 [N], K is "other"
+                    precision: float, # wanted among the images that get a class
+                    temperature: float = 1.0, # that `probs` are at already: the model's
+                   ) -> CutPoint: # with the temperature at which its threshold holds
+    """The temperature that fits labelled images, and at this temperature the threshold that reaches a precision.
+
+    ValueError as for `threshold_for_precision`.
+    """
+    checked(precision, Fraction, "target_precision (the fraction of right answers; 0.95 is 95 %)")
+    t = fit_temperature(probs, labels)
+    point = threshold_for_precision(tempered(probs, t), labels, precision)
+    # a hair lower: in another batch the same image comes out a little differently
+    return replace(point, threshold=point.threshold * (1 - 1e-6), temperature=temperature * t)
 
 # %% ../../nbs/app/04_cut.ipynb #6bc340a7
 def cut_curve(probs: Tensor, # [N, K + 1]

@@ -23,6 +23,7 @@ from ..data.splits import cdm_split, GROUPS
 # %% ../../nbs/app/02_demo_photos.ipynb #c69f2cf5
 DEMO_CLASSES = ("T-shirt", "trouser") # whose names a person would give
 LABELS_FILE = "new_labels.csv"
+_IGNORED = "# photographs to predict: not learnt from\nnew\n" # what `.ucdmignore` holds
 
 # %% ../../nbs/app/02_demo_photos.ipynb #d0f223ee
 def _encoded(image: Tensor, # uint8 [3, H, W]
@@ -54,10 +55,17 @@ def _labels_csv(names: list[str], labels: list[str], groups: list[str]) -> str:
     rows.writerows((f"new/{n}", label, group) for n, label, group in zip(names, labels, groups))
     return held.getvalue()
 
+# %% ../../nbs/app/02_demo_photos.ipynb #7c1b2a11
+def _begun(folder: Path) -> bool:
+    "Whether a folder is empty, or was begun by `demo`."
+    mark = folder / IGNORE_FILE
+    if (folder / LABELS_FILE).is_file() or mark.is_file() and mark.read_bytes() == _IGNORED.encode(): return True
+    return all(p.name.startswith(f"{mark.name}.") for p in folder.iterdir()) # half a mark, or nothing
+
 # %% ../../nbs/app/02_demo_photos.ipynb #72e94069
 def _door(folder: Path) -> None:
     "ValueError for a folder that holds something else."
-    if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not (folder / LABELS_FILE).is_file():
+    if folder.is_file() or folder.is_dir() and not _begun(folder):
         raise ValueError(f"folder: {folder} is there already and holds something else; give the name of a new folder.")
 
 # %% ../../nbs/app/02_demo_photos.ipynb #69f6776d
@@ -69,12 +77,14 @@ def demo(folder: Path | str, # a new folder
     """Write a folder of embedded photographs (Fashion-MNIST) to try with.
 
     `folder` holds the unlabelled photographs, `folder/new` others, `folder/new_labels.csv` the labels of those: columns
-    file, label, group. ValueError for a folder that holds something else.
+    file, label, group. Stopped and called again, it goes on. ValueError for a folder that holds something else.
     """
     for name, value, hint in (("photos", photos, Count), ("new", new, Count), ("seed", seed, Seed)):
         checked(value, hint, name)
     folder = Path(folder)
     _door(folder)
+    write_atomic(folder / IGNORE_FILE, _IGNORED) # first, as the mark of this folder
+    for half in folder.rglob("photo_*.partial"): half.unlink() # which a killed call left
     train, test = (load_dataset("fashion-mnist", part) for part in ("train", "test"))
     split = cdm_split((train, test), n_seeds=photos, n_test=new, seed=seed)
     _write_photos(folder, train.images[split.seed_index])
@@ -83,6 +93,5 @@ def demo(folder: Path | str, # a new folder
     order = np.random.default_rng(seed).permutation(len(rows))
     names = _write_photos(folder / "new", test.images[rows[order]])
     labels = [test.classes[c] for c in test.labels[rows[order]].tolist()]
-    write_atomic(folder / IGNORE_FILE, "# photographs to predict: not learnt from\nnew\n")
     write_atomic(folder / LABELS_FILE, _labels_csv(names, labels, [groups[i] for i in order]))
     return folder

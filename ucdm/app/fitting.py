@@ -6,7 +6,7 @@
 __all__ = ['check_words', 'train_sized', 'split_held_out', 'pair_temperature', 'specification', 'Job', 'fit']
 
 # %% ../../nbs/app/09_fitting.ipynb #04dc0a47
-import hashlib, time
+import errno, hashlib, json, os, time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .cut import fit_temperature
-from .fit_settings import FitSettings, pair_config, train_config
-from .model import Model, SHEET
-from .network import imagenet_weights, network_name, SizedUCDM
+from .cut import answers, fit_temperature, threshold_for_rate
+from .fit_settings import deciding, FitSettings, pair_config, train_config
+from .model import check_device, check_outside, FILES, Model, without_paths
+from .network import network_name, SizedUCDM, starting_weights
 from .pair_sheet import pair_sheet
 from .photographs import Photographs, read_photographs, sharp
 from ..core.checked import check_fields
-from ..core.files import canonical, locked
+from ..core.files import atomic_json, canonical, locked
 from ..core.progress import human_time, say
 from ..core.randomness import generator
 from ..core.tensor_files import read_tensors
@@ -116,32 +116,59 @@ def pair_temperature(ucdm: SizedUCDM, pairs: PairSet, # of photographs that were
 def specification(found: Photographs, classes: Sequence[str], prior: Prior, s: FitSettings) -> dict:
     "What decides a model, and its hash under `hash`."
     content = hashlib.sha256(found.images.numpy().tobytes() + found.labels.numpy().tobytes()).hexdigest()[:16]
-    spec = dict(classes=list(classes), photographs=content, prior=prior.fingerprint, settings=asdict(s),
+    spec = dict(classes=list(classes), photographs=content, prior=prior.fingerprint, settings=deciding(asdict(s)),
                 pairs=asdict(pair_config(s)), training=asdict(train_config(s)))
     return spec | dict(hash=hashlib.sha256(canonical(spec).encode()).hexdigest()[:16])
 
+# %% ../../nbs/app/09_fitting.ipynb #7c1b2a60
+def _decided(spec: dict) -> str:
+    "A specification as text, without what decides nothing. Those of earlier versions held more fields."
+    return canonical({k: v for k, v in spec.items() if k != "hash"} | dict(settings=deciding(spec.get("settings", {}))))
+
+# %% ../../nbs/app/09_fitting.ipynb #7c1b2a64
+def _of_a_writer(name: str) -> bool:
+    "Whether a file is what a writer of a model that was killed leaves: a whole file, or a half one."
+    return name in FILES or name.endswith(".partial") and name.startswith(tuple(f"{f}." for f in FILES))
+
 # %% ../../nbs/app/09_fitting.ipynb #34947879
-def _finished(out: Path, spec: dict) -> Model | None:
+def _finished(out: Path, spec: dict, device: str | None = None) -> Model | None:
     "The model that is there already, if it is the one wanted. ValueError for another model, or something else."
     if out.is_file(): raise ValueError(f"out: {out} is a file; give the name of a folder.")
-    if not out.is_dir() or not any(out.iterdir()): return None
+    if not out.is_dir(): return None
     if not (out / "config.json").is_file():
-        if {p.name for p in out.iterdir()} <= {"model.safetensors", SHEET, "README.md"}: return None # a writer was stopped
+        if all(_of_a_writer(p.name) for p in out.iterdir()): return None
         raise ValueError(f"out: {out} holds something else; give the name of a new folder.")
-    model = Model.load(out)
-    if model.about.get("specification", {}).get("hash") == spec["hash"]: return model
+    model = Model.load(out, device)
+    if _decided(model.about.get("specification", {})) == _decided(spec): return model
     raise ValueError(f"out: {out} holds a model of other photographs or settings; give another name, or delete it.")
 
+# %% ../../nbs/app/09_fitting.ipynb #7c1b2a66
+def _check_writable(place: Path, what: str) -> None:
+    "ValueError for a folder inside a file, PermissionError for one that cannot be written."
+    there = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
+    if not there.is_dir(): raise ValueError(f"{what}: {there} is a file; give the name of a folder.")
+    if os.access(there, os.W_OK | os.X_OK): return
+    raise PermissionError(errno.EACCES, f"{what}: {there} cannot be written to; give --{what} a place that can.")
+
+# %% ../../nbs/app/09_fitting.ipynb #7c1b2a67
+def _check_places(folder: Path | str, out: Path, work: Path) -> None:
+    "ValueError or OSError for places where nothing can or should be written."
+    for place, what in ((out, "out"), (work, "work")):
+        check_outside(place, folder, what)
+        if not (out / "config.json").is_file(): _check_writable(place, what)
+
 # %% ../../nbs/app/09_fitting.ipynb #8a8ad170
-def _about(found: Photographs, prior: Prior, spec: dict, s: FitSettings, weights: dict | None, seconds: float) -> dict:
+def _about(job: "Job", weights: dict | None, seconds: float, calls: list[dict]) -> dict:
     "Where a model comes from."
-    from ucdm.runs.provenance import provenance
-    pretrained = "ImageNet's weights" if weights else "scratch"
+    found, prior, s = job.found, job.prior, job.s
+    own = [c for c in calls if c["fit"] == job.spec["hash"]]
+    before = f" in the last of {len(own)} calls" if len(own) > 1 else ""
     return dict(
-        photos=len(found), labelled=int((found.labels >= 0).sum()), skipped=len(found.skipped), prior=prior.name,
-        prior_learnt=learnt_classes(prior.name), profile=s.profile, seed=s.seed, weights=pretrained,
-        duration=human_time(seconds), specification=spec, **provenance(),
-    )
+        photos=len(found), labelled=int((found.labels >= 0).sum()), skipped=len(found.skipped),
+        prior=without_paths(prior.name), prior_learnt=learnt_classes(prior.name), profile=s.profile, seed=s.seed,
+        weights="ImageNet's weights" if weights else "scratch", duration=human_time(seconds) + before,
+        specification=job.spec, calls=calls,
+    ) | {k: v for k, v in own[-1].items() if k not in ("fit", "pairs")} | dict(started=own[0]["started"])
 
 # %% ../../nbs/app/09_fitting.ipynb #c6855c9f
 def _lines(total: int, # epochs
@@ -178,6 +205,17 @@ class Job:
         what = canonical([self.spec[k] for k in ("prior", "pairs", "classes")])
         return self.work / f"pairs-{hashlib.sha256(what.encode()).hexdigest()[:8]}-{self.s.size}"
 
+# %% ../../nbs/app/09_fitting.ipynb #7c1b2a6a
+def _note_call(job: Job) -> list[dict]: # the calls that worked on this model or its pairs, this one last
+    "Add this call, with commit, versions and device, to those that the work folder knows of."
+    from ucdm.runs.provenance import provenance
+    file, this = job.work / "calls.json", dict(fit=job.spec["hash"], pairs=job.pairs_folder.name)
+    try: before = json.loads(file.read_text(encoding="utf-8"))["calls"]
+    except (OSError, ValueError, KeyError): before = [] # none, or a damaged list: no reason to stop
+    calls = [*before, this | provenance() | dict(computed_on=job.device)]
+    atomic_json(file, dict(calls=calls))
+    return [c for c in calls if c["fit"] == this["fit"] or c["pairs"] == this["pairs"]]
+
 # %% ../../nbs/app/09_fitting.ipynb #63dc1e28
 def _pairs(job: Job, progress: bool) -> PairSet:
     "The pairs of all photographs; what the folder holds is not made again."
@@ -205,13 +243,50 @@ def _trained(job: Job, pairs: PairSet, weights: dict | None) -> tuple[SizedUCDM,
 def _model(job: Job, began: float, progress: bool) -> Model:
     "What `fit` does once all is checked."
     found, s = job.found, job.s
+    calls = _note_call(job)
+    weights = starting_weights(s.size, s.weights, job.tell) # asked for before hours of pairs
     pairs = _pairs(job, progress)
-    weights = imagenet_weights() if network_name(s.size) == "resnet18" and s.weights == "imagenet" else None
     ucdm, temperature, aside = _trained(job, pairs, weights)
-    about = _about(found, job.prior, job.spec, s, weights, time.monotonic() - began)
+    about = _about(job, weights, time.monotonic() - began, calls)
     about |= dict(temperature_from=f"the pairs of {aside} photographs kept out of the training" if aside else "not fitted")
     model = Model.of(ucdm, fit=s.fit, alpha=s.alpha, temperature=temperature, about=about)
     model.sheet = pair_sheet(found.images, pairs)
+    return model
+
+# %% ../../nbs/app/09_fitting.ipynb #7c1b2a6c
+def _with_cut(name: Path | str, classes: tuple[str, ...], device: str) -> Model:
+    "An earlier model whose cut is to be kept. ValueError if it has none, or has other classes."
+    model = Model.load(name, device)
+    if model.threshold is None:
+        raise ValueError(f"keep_cut: the model {name} has no cut to keep, it has UCDM's own rule; leave keep_cut out.")
+    if model.classes != classes:
+        names = ", ".join(model.classes)
+        raise ValueError(f"keep_cut: the model {name} is one of {names}; give one of the same classes.")
+    return model
+
+# %% ../../nbs/app/09_fitting.ipynb #7c1b2a6d
+def _take_cut(model: Model, earlier: Model, found: Photographs) -> None:
+    "Give a model the cut that answers as many photographs with \"other\" as an earlier model's does."
+    others = answers(earlier.predict(found.images), earlier.threshold) == len(model.classes)
+    rate = others.double().mean().item()
+    model.threshold = threshold_for_rate(model.predict(found.images), rate)
+    said = f"{rate:.0%} of the photographs are answered with other, as by an earlier model"
+    model.about = model.about | dict(cut_from=said)
+
+# %% ../../nbs/app/09_fitting.ipynb #7c1b2a6e
+def _fitted(job: Job, out: Path, earlier: Model | None, began: float, progress: bool) -> Model:
+    "The model in its folder: the one that is there, or a new one."
+    model = _finished(out, job.spec, job.device)
+    if model is None:
+        try:
+            with locked(job.work / ".lock", str(out), timeout=0):
+                model = _model(job, began, progress)
+                if earlier: _take_cut(model, earlier, job.found)
+                model.save_pretrained(out)
+        except TimeoutError as e: raise RuntimeError(str(e)) from None
+    elif earlier:
+        _take_cut(model, earlier, job.found)
+        model.write_settings(out)
     return model
 
 # %% ../../nbs/app/09_fitting.ipynb #7101432a
@@ -220,6 +295,7 @@ def fit(folder: Path | str, # of unlabelled photographs
         out: Path | str, # folder of the model
         labels: Path | str | None = None, # a CSV with the columns file and label, if there are a few labels
         work: Path | str | None = None, # folder for pairs and checkpoints; None: beside `out`, with `.work` at the end
+        keep_cut: Path | str | None = None, # an earlier model of these classes, which has a cut
         device: str | None = None, # None chooses
         progress: bool = True, # tell how far it is
         **settings, # fields of `FitSettings`: prior, size, profile, fit, alpha, on_error, seed ...
@@ -227,21 +303,19 @@ def fit(folder: Path | str, # of unlabelled photographs
     """Fit a classifier of your classes and "other" to unlabelled photographs, and write it to a folder.
 
     Stopped and called again, it goes on. ValueError, TypeError or FileNotFoundError for what cannot be, before anything
-    is written; OSError where it cannot be written; RuntimeError if another process works on the same model.
+    is written; OSError where it cannot be written; RuntimeError if another process works on the same model. With
+    `keep_cut`, labels may change what is learnt, and the same fraction of the photographs is answered with "other".
     """
     check_fields(settings, FitSettings, "fit")
     began, s, out, classes = time.monotonic(), FitSettings(**settings), Path(out), check_class_names(classes)
-    tell, work = say if progress else (lambda line: None), Path(work or f"{out}.work")
+    tell, work, device = say if progress else (lambda line: None), Path(work or f"{out}.work"), check_device(device)
     image_files(folder) # is there anything? before a generator is loaded
+    _check_places(folder, out, work)
+    earlier = _with_cut(keep_cut, classes, device) if keep_cut else None
     prior = load_prior(s.prior, device)
     check_words(prior, classes, s.unknown_words)
     found = read_photographs(folder, classes, s, labels)
     tell(found.report)
     prior = sharp(prior, found, s)
     job = Job(found, classes, prior, s, specification(found, classes, prior, s), work, device, tell)
-    if model := _finished(out, job.spec): return model
-    try:
-        with locked(work / ".lock", str(out), timeout=0): model = _model(job, began, progress)
-    except TimeoutError as e: raise RuntimeError(str(e)) from None
-    model.save_pretrained(out)
-    return model
+    return _fitted(job, out, earlier, began, progress)

@@ -6,9 +6,10 @@
 __all__ = ['THUMB', 'thumb_name', 'write_thumbs', 'page_data', 'polyline', 'curves', 'facts', 'write_page']
 
 # %% ../../nbs/app/11_gallery.ipynb #897a0b13
-import base64, hashlib, json, os
+import base64, hashlib, io, os, warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,45 +19,66 @@ import jinja2
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from .answer_table import Answers
-from .cut import cut_curve, cut_points
+from .cut import answers, certainty, cut_curve, cut_points
 from .model import SHEET
 from .network import network_name
 from ..core.files import ASSETS, write_atomic
+from ..data.own_folder import DECODING_MEMORY, MemoryLimit, NotNow
 from ..data.photographs import PhotoOptions, read_photograph
 
 # %% ../../nbs/app/11_gallery.ipynb #8182aa79
 THUMB = 144 # pixels, at most
 
-def thumb_name(path: Path) -> str: # such as "3f/0a12b4c5d6.webp"
-    "Where the thumbnail of a photograph lies."
+def _file_name(content: bytes) -> str: # such as "3f/0a12b4c5d6e7.webp"
+    digest = hashlib.sha256(content).hexdigest()
+    return f"{digest[:2]}/{digest[2:14]}.webp"
+
+
+def thumb_name(path: Path, options: PhotoOptions) -> str:
+    "Where the thumbnail of a photograph lies. FileNotFoundError for a photograph that is gone."
     state = path.stat()
-    digest = hashlib.sha256(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}".encode("utf-8", "surrogateescape"))
-    return f"{digest.hexdigest()[:2]}/{digest.hexdigest()[2:14]}.webp"
+    what = f"{path.resolve()} {state.st_size} {state.st_mtime_ns} {options.fit} {options.alpha} {THUMB}"
+    return _file_name(what.encode("utf-8", "surrogateescape"))
 
 # %% ../../nbs/app/11_gallery.ipynb #9ced39f2
-def _thumb(folder: Path, options: PhotoOptions, item: tuple[Path, int]) -> None: # item: file, its shorter side
-    "Write a thumbnail, unless it is there; a grey one for a file that is gone."
-    path, side = item
-    to = folder / thumb_name(path)
-    if to.exists(): return
-    try: picture = read_photograph(path, replace(options, size=max(16, min(THUMB, side)))).pixels
-    except Exception: picture = np.full((3, 32, 32), 200, np.uint8) # Pillow raises a dozen kinds of errors
-    to.parent.mkdir(parents=True, exist_ok=True)
-    partial = to.with_suffix(f".{os.getpid()}.partial")
-    Image.fromarray(picture.transpose(1, 2, 0)).save(partial, "WEBP", quality=82, method=2)
-    os.replace(partial, to)
+def _webp(pixels: np.ndarray) -> bytes: # of uint8 [3, side, side]
+    held = io.BytesIO()
+    Image.fromarray(pixels.transpose(1, 2, 0)).save(held, "WEBP", quality=82, method=2)
+    return held.getvalue()
+
+
+def _thumb(a: Answers, folder: Path, n: int, # the photograph's number
+           hold=nullcontext, # as for `read_photograph`
+          ) -> str | None: # its name below the folder; None: too large to be decoded beside others
+    "Write a thumbnail, unless it is there. OSError says what could not be written."
+    path, options = a.found.paths[n], a.found.options
+    try:
+        name = thumb_name(path, options)
+        if (folder / name).exists(): return name
+        side = max(16, min(THUMB, int(a.found.sizes[n].min())))
+        pixels = read_photograph(path, replace(options, size=side), hold).pixels
+    except NotNow: return None
+    except Exception: # Pillow raises a dozen kinds of errors
+        pixels = a.found.images[n].numpy()
+        name = _file_name(pixels.tobytes())
+    write_atomic(folder / name, _webp(pixels), once=True)
+    return name
 
 # %% ../../nbs/app/11_gallery.ipynb #a1d513fe
 def write_thumbs(a: Answers, folder: Path) -> list[str]: # names below `folder`
-    "A thumbnail of each photograph, in threads, with a bar once it takes longer than 3 seconds."
-    sides = a.found.sizes.amin(1).tolist()
-    with ThreadPoolExecutor() as pool:
-        work = pool.map(partial(_thumb, folder, a.found.options), zip(a.found.paths, sides))
-        for _ in tqdm(work, "thumbnails", len(a), unit="photograph", delay=3, leave=False): pass
-    return [thumb_name(p) for p in a.found.paths]
+    "A thumbnail of each photograph, in threads, then of the large ones; OSError says what could not be written."
+    pool, work = ThreadPoolExecutor(), partial(_thumb, a, folder, hold=MemoryLimit(DECODING_MEMORY).hold)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore") # Pillow's, which were there when the photographs were read
+            made = pool.map(work, range(len(a)))
+            names = list(tqdm(made, "thumbnails", len(a), unit="photograph", delay=3, leave=False))
+    finally: pool.shutdown(cancel_futures=True)
+    return [name or _thumb(a, folder, n) for n, name in enumerate(names)]
 
 # %% ../../nbs/app/11_gallery.ipynb #c28dd703
 def _address(path: Path, page: Path) -> str:
@@ -64,15 +86,23 @@ def _address(path: Path, page: Path) -> str:
     try: return quote(os.path.relpath(path.resolve(), page.resolve()), errors="surrogateescape")
     except ValueError: return path.resolve().as_uri() # another drive
 
+# %% ../../nbs/app/11_gallery.ipynb #7c11e011
+def _cut_data(probs: Tensor) -> dict[str, list]: # of float64 [N, K + 1]
+    "What decides an answer, for each photograph."
+    score, best = probs[:, :-1].double().max(1)
+    return dict(score=score.tolist(), best=best.tolist(), own=answers(probs).tolist(), margin=certainty(probs).tolist())
+
 # %% ../../nbs/app/11_gallery.ipynb #c8eaeff1
 def page_data(a: Answers, page: Path, thumbs: Sequence[str]) -> dict:
     "All that the page's script needs."
     label = [a.labels.get(n, -1) for n in a.found.names]
     sizes = [f"{w}x{h}" for w, h in a.found.sizes.tolist()]
     return dict(
-        answers=list(a.model.answers), threshold=a.threshold, names=list(a.found.names), sizes=sizes, labels=label,
+        answers=list(a.model.answers), threshold=a.threshold, with_labels=a.temperature is not None,
+        names=list(a.found.names), sizes=sizes, labels=label,
         thumbs=list(thumbs), links=[_address(p, page) for p in a.found.paths],
         probs=[[round(p, 4) for p in row] for row in a.probs.tolist()], root=f"{a.found.folder.resolve()}{os.sep}",
+        **_cut_data(a.probs),
     )
 
 # %% ../../nbs/app/11_gallery.ipynb #6726a8d0
@@ -111,12 +141,14 @@ def curves(a: Answers) -> list[dict]: # title, what is on the axes, lines as (na
 def facts(a: Answers) -> dict[str, str]:
     "Settings and provenance of the model, for the page's table."
     m, about = a.model, a.model.about
+    warm = f"{m.temperature:g} ({about.get('temperature_from', 'as given')})"
+    if a.temperature is not None: warm = f"{a.temperature:.4g} (from the labels given with these photographs)"
     shown = {
         "classes": ", ".join(m.classes),
         "network": f"{network_name(m.size)}, {m.size}x{m.size}",
         "photographs become squares by": m.fit,
         "cut": a.cut,
-        "temperature": f"{m.temperature:g} ({about.get('temperature_from', 'as given')})",
+        "temperature": warm,
     }
     keys = {
         "unlabelled photographs": "photos", "with a label": "labelled", "generator": "prior", "profile": "profile",

@@ -6,13 +6,48 @@
 __all__ = ['OTHER', 'IGNORE_FILE', 'Labelled', 'read_labels', 'label_number', 'ignored_names']
 
 # %% ../../nbs/app/01_label_files.ipynb #4a42d51b
-import csv
+import codecs, csv, io, os
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
 from ..core.checked import nearest
+from ..core.files import printable
 from ..data.splits import GROUPS
+
+# %% ../../nbs/app/01_label_files.ipynb #5a1c0e02
+def _text(file: Path, what: str, # for the message
+          errors: str = "strict") -> str:
+    "A file in UTF-8, or in UTF-16 with its mark. ValueError names the line that is neither."
+    data = file.read_bytes()
+    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try: return data.decode("utf-16") if marked else data.decode("utf-8-sig", errors)
+    except UnicodeDecodeError as e: line = data.count(b"\n", 0, e.start) + 1
+    raise ValueError(f"{what}: {file}, line {line} is not UTF-8; save the file as UTF-8.")
+
+# %% ../../nbs/app/01_label_files.ipynb #5a1c0e05
+def _check_utf8(text: str, where: str) -> None:
+    "ValueError for text with bytes that were not UTF-8."
+    if any("\udc80" <= c <= "\udcff" for c in text):
+        raise ValueError(f"{where}: {printable(text)} is not UTF-8; save the file as UTF-8.")
+
+# %% ../../nbs/app/01_label_files.ipynb #5a1c0e07
+def _rows(file: Path) -> list[tuple[int, dict]]: # number of the line, column -> field
+    "The lines of a CSV. ValueError for one that lacks a column, or has too few fields or too many."
+    lines = _text(file, "labels", "surrogateescape")
+    head = lines.partition("\n")[0]
+    reader = csv.reader(io.StringIO(lines, newline=""), delimiter=next((d for d in ",;\t" if d in head), ","))
+    try: rows = [(reader.line_num, row) for row in reader if any(map(str.strip, row))]
+    except csv.Error as e: raise ValueError(f"labels: {file}, line {reader.line_num}: {e}; write it as a CSV.") from None
+    columns = [c.strip() for c in rows[0][1]] if rows else []
+    if lacking := [c for c in ("file", "label") if columns.count(c) != 1]:
+        raise ValueError(f"labels: {file} must have one column {lacking[0]!r}; begin it with `file,label`.")
+    if not rows[1:]: raise ValueError(f"labels: {file} has no line below the first; write a file and its label there.")
+    for n, row in rows:
+        if len(row) != len(columns): raise ValueError(
+            f"labels: {file}, line {n}: {len(row)} fields where the first line has {len(columns)}; write one for each "
+            "column, and put names that hold a comma in quotes.")
+    return [(n, dict(zip(columns, row))) for n, row in rows[1:]]
 
 # %% ../../nbs/app/01_label_files.ipynb #459e631a
 @dataclass(frozen=True)
@@ -26,8 +61,9 @@ class Labelled:
 def _found(name: str, places: list[Path], where: str) -> Path:
     "The file that a line names. FileNotFoundError if it is in none of the places."
     for place in places:
-        if (place / name).is_file(): return place / name
-    looked = " nor in ".join(map(str, places))
+        if os.path.isfile(place / name): return place / name
+    _check_utf8(name, where)
+    looked = printable(" nor in ".join(map(str, places)))
     raise FileNotFoundError(f"{where}: there is no file {name!r} in {looked}; write paths relative to one of them.")
 
 # %% ../../nbs/app/01_label_files.ipynb #4826ee37
@@ -37,26 +73,24 @@ def read_labels(file: Path | str, # a CSV with the columns file and label, and m
     """The lines of a CSV of labels.
 
     FileNotFoundError for a missing CSV or photograph, ValueError for missing columns or labels, a photograph with two
-    different labels, or an unknown group. Each names the line.
+    different labels, an unknown group, or text that is not UTF-8. Each names the line.
     """
-    file = Path(file)
+    file, found = Path(file), {}
     if not file.is_file(): raise FileNotFoundError(f"labels: there is no file {file}; check the path.")
-    with open(file, encoding="utf-8-sig", newline="", errors="surrogateescape") as f: rows = list(csv.DictReader(f))
-    if lacking := [c for c in ("file", "label") if not rows or c not in rows[0]]:
-        raise ValueError(f"labels: {file} has no lines with the column {lacking[0]!r}; begin it with `file,label`.")
     places = [file.parent, *([Path(folder)] if folder is not None else [])]
-    found = {}
-    for n, row in enumerate(rows, 2):
-        entry = _entry(row, places, f"labels: {file}, line {n}")
+    for n, row in _rows(file):
+        where = f"labels: {file}, line {n}"
+        entry = _entry(row, places, where)
         if found.setdefault(entry.path, entry).label != entry.label:
-            raise ValueError(f"labels: {file}, line {n}: {row['file']!r} has two labels; keep one of them.")
+            raise ValueError(f"{where}: {row['file']!r} has two labels; keep one of them.")
     return list(found.values())
 
 # %% ../../nbs/app/01_label_files.ipynb #59517d4d
 def _entry(row: dict, places: list[Path], where: str) -> Labelled:
     "A line of a CSV. ValueError for a missing label or an unknown group."
-    if not (row["label"] or "").strip(): raise ValueError(f"{where}: the label is missing; write one, or drop the line.")
-    group = (row.get("group") or "").strip()
+    _check_utf8(row["label"], where)
+    if not row["label"].strip(): raise ValueError(f"{where}: the label is missing; write one, or drop the line.")
+    group = row.get("group", "").strip()
     if group and group not in GROUPS: raise ValueError(f"{where}: {nearest(group, GROUPS, 'group')}")
     return Labelled(_found(row["file"], places, where), row["label"].strip(), group)
 
@@ -80,7 +114,7 @@ def ignored_names(folder: Path | str, # of photographs
                  ) -> list[str]: # those that its `.ucdmignore` names
     "Which photographs of a folder are not to be learnt from."
     file = Path(folder) / IGNORE_FILE
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    lines = _text(file, "folder").splitlines() if file.is_file() else []
     patterns = [line.strip().strip("/") for line in lines if line.strip() and not line.startswith("#")]
     def hit(name): return any(fnmatch(name, p) or name.startswith(f"{p}/") for p in patterns)
     return [n for n in names if hit(n)]

@@ -6,6 +6,7 @@
 __all__ = ['Photographs', 'pixels_of', 'labelled_images', 'read_photographs', 'SharpPrior', 'sharp']
 
 # %% ../../nbs/app/07_photographs.ipynb #44487b20
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -55,7 +56,10 @@ def _report(found: FolderImages, left_out: int) -> str:
 # %% ../../nbs/app/07_photographs.ipynb #313886bd
 def pixels_of(path: Path, options: PhotoOptions) -> Tensor: # uint8 [3, size, size]
     "One photograph as a square. ValueError for one that cannot be read."
-    try: return torch.tensor(read_photograph(path, options).pixels)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore") # Pillow's, about size and metadata: the limit is ours, and the pixels are there
+            return torch.tensor(read_photograph(path, options).pixels)
     except Exception as e: raise ValueError(f"{printable(path)}: {why_not(e, path)}.") from None
 
 # %% ../../nbs/app/07_photographs.ipynb #6fc4b417
@@ -76,9 +80,11 @@ def read_photographs(folder: Path | str, classes: tuple[str, ...],
     found = read_folder(folder, s.size, s.fit, s.alpha, s.on_error, s.max_pixels)
     stay, left_out = _without_ignored(found)
     paths = [found.paths[n] for n in stay]
-    more = [p for p in numbers if p not in {q.resolve() for q in paths}]
+    real = [p.resolve() for p in paths]
+    inside = set(real)
+    more = [p for p in numbers if p not in inside]
     images = [found.images[torch.tensor(stay)], *(pixels_of(p, found.options)[None] for p in more)]
-    labelled = torch.tensor([numbers.get(p.resolve(), -1) for p in [*paths, *more]])
+    labelled = torch.tensor([numbers.get(p, -1) for p in [*real, *more]])
     names = [found.names[n] for n in stay] + [str(p) for p in more]
     return Photographs(torch.cat(images), [*paths, *more], names, labelled, found.skipped, left_out, _report(found, left_out))
 

@@ -174,13 +174,14 @@ TOGETHER = 4096 # vectors a file, so that an interruption costs little
 @patch
 def of(self: Embeddings, keys: Sequence[bytes],
        compute: Callable[[list[int]], Tensor], # positions of keys -> their vectors [n, D]
+       together: int = TOGETHER, # computed and kept at a time
       ) -> Tensor: # [len(keys), D]
     "The vectors of some keys; those that are not kept yet are computed, each once."
     self.read()
     first = {k: i for i, k in reversed(list(enumerate(keys)))}
     new = [i for k, i in first.items() if k not in self.known]
-    for start in range(0, len(new), TOGETHER):
-        at = sorted(new)[start:start + TOGETHER]
+    for start in range(0, len(new), together):
+        at = sorted(new)[start:start + together]
         self.add([keys[i] for i in at], compute(at))
     return torch.stack([self.known[k] for k in keys])
 

@@ -7,9 +7,10 @@ __all__ = ['SIGNATURES', 'BRANDS', 'EXTENSIONS', 'RAW', 'HIDDEN', 'NO_IMAGE', 'D
            'SYSTEM', 'kind_of', 'is_hidden', 'FoundFiles', 'head_of', 'find_images', 'some_images', 'image_files']
 
 # %% ../../nbs/data/10_image_files.ipynb #2a10f004
-import os, re
+import errno, os, re
 from collections import defaultdict
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from pathlib import Path
 
 # %% ../../nbs/data/10_image_files.ipynb #2a10f005
@@ -52,7 +53,7 @@ RAW = frozenset(".3fr .arw .cr2 .cr3 .dng .erf .kdc .mrw .nef .nrw .orf .pef .ra
 HIDDEN, NO_IMAGE = "hidden", "not images"
 DEVELOP = "raw files of cameras (develop them to JPEG or TIFF first)"
 NOWHERE, AGAIN, UP = "links that lead nowhere", "linked folders that are read already", "links to a folder above"
-UNREADABLE = "files and folders that may not be read"
+UNREADABLE = "files of other names that may not be read"
 
 # %% ../../nbs/data/10_image_files.ipynb #2a10f011
 SYSTEM = frozenset({"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information"})
@@ -68,6 +69,7 @@ class FoundFiles:
     folder: Path
     images: list[Path] = field(default_factory=list) # files that are images, or are named like one
     left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list)) # why: names
+    unreadable: dict[str, str] = field(default_factory=dict) # name: why; what may hold images, and cannot be looked into
 
     def name(self, path: Path | str) -> str: # with / between its parts, as it can be printed
         "A file's name, relative to the folder."
@@ -76,6 +78,10 @@ class FoundFiles:
     def leave_out(self, path: Path | str, why: str, end: str = "") -> None:
         "Count a file, or a folder (`end` is a slash then), as left out."
         self.left_out[why].append(self.name(path) + end)
+
+    def refuse(self, path: Path | str, error: OSError, end: str = "") -> None:
+        "Note what cannot be looked into, and why."
+        self.unreadable[self.name(path) + end] = error.strerror or type(error).__name__
 
 # %% ../../nbs/data/10_image_files.ipynb #2a10f017
 def head_of(path: Path | str) -> bytes: # up to 64
@@ -100,17 +106,34 @@ def _identity(folder: Path) -> tuple[int, int]:
     state = folder.stat()
     return state.st_dev, state.st_ino
 
+# %% ../../nbs/data/10_image_files.ipynb #4e0a1002
+def _entries(found: FoundFiles, at: Path) -> list[os.DirEntry]: # sorted by name; none of a folder that cannot be read
+    "What is in a folder."
+    try:
+        with os.scandir(at) as entries: return sorted(entries, key=lambda e: e.name)
+    except OSError as error: found.refuse(at, error, "/")
+    return []
 
+
+def _kind(e: os.DirEntry) -> str: # "folder", "file" or "" for anything else
+    "What an entry of a folder is, or what it is a link to. OSError if the system does not say."
+    try: return "folder" if e.is_dir() else "file" if e.is_file() else ""
+    except OSError as error:
+        if error.errno == errno.ELOOP: return "" # a link to itself
+        raise
+
+# %% ../../nbs/data/10_image_files.ipynb #4e0a1003
 def _enter(found: FoundFiles, at: Path) -> tuple[list[Path], list[Path]]: # real folders, linked folders
     "Put the files of one folder where they belong."
     real, linked = [], []
-    try: entries = sorted(os.scandir(at), key=lambda e: e.name)
-    except OSError: entries = found.leave_out(at, UNREADABLE, "/") or []
-    for e in entries:
+    for e in _entries(found, at):
         path = at / e.name
-        if is_hidden(e.name): found.leave_out(path, HIDDEN, "/" if e.is_dir() else "")
-        elif e.is_dir(): (linked if e.is_symlink() else real).append(path)
-        elif e.is_file(): _take(found, path)
+        try: kind = _kind(e)
+        except OSError as error: kind = error
+        if is_hidden(e.name): found.leave_out(path, HIDDEN, "/" if kind == "folder" else "")
+        elif isinstance(kind, OSError): found.refuse(path, kind)
+        elif kind == "folder": (linked if e.is_symlink() else real).append(path)
+        elif kind == "file": _take(found, path)
         else: found.leave_out(path, NOWHERE if e.is_symlink() else NO_IMAGE)
     return real, linked
 
@@ -122,13 +145,14 @@ def find_images(folder: Path | str) -> FoundFiles:
     found, seen, real, linked = FoundFiles(folder), set(), [folder], []
     above = set(map(_identity, folder.resolve().parents))
     while real or linked:
-        at = real.pop() if real else linked.pop(0)
+        at = real.pop() if real else heappop(linked)
         if (identity := _identity(at)) in seen: found.leave_out(at, AGAIN, "/")
         elif identity in above: found.leave_out(at, UP, "/")
         else:
             seen.add(identity)
             deeper, links = _enter(found, at)
-            real, linked = real + deeper, sorted(linked + links)
+            real += deeper
+            for link in links: heappush(linked, link)
     found.images.sort()
     return found
 
@@ -137,10 +161,14 @@ def some_images(folder: Path | str) -> FoundFiles:
     "What `find_images` finds. FileNotFoundError if the folder is missing or holds no image."
     found = find_images(folder)
     if found.images: return found
-    others = "; ".join(f"{why} ({len(names):,})" for why, names in found.left_out.items())
+    parts = {
+        "Left out": "; ".join(f"{why} ({len(names):,})" for why, names in found.left_out.items()),
+        "What cannot be read": "; ".join(f"{name} ({why})" for name, why in found.unreadable.items()),
+    }
+    others = " ".join(f"{what}: {names}." for what, names in parts.items() if names) or "It is empty."
     raise FileNotFoundError(
         f"{printable(folder)} holds no images; looked for {', '.join(EXTENSIONS)}, and for images "
-        f"under other names. {'Left out: ' + others + '.' if others else 'It is empty.'} Give the folder that holds them."
+        f"under other names. {others} Give the folder that holds them."
     )
 
 

@@ -60,9 +60,7 @@ def _in_threads(work: Callable[[int], None], n: int) -> None:
     "Do `work` for 0 to n - 1, with a progress bar once it takes longer than 3 seconds."
     pool = ThreadPoolExecutor()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore") # Pillow's, about size and metadata: the limit is ours, and the pixels are there
-            for _ in tqdm(pool.map(work, range(n)), "read", n, unit="image", delay=3, leave=False): pass
+        for _ in tqdm(pool.map(work, range(n)), "read", n, unit="image", delay=3, leave=False): pass
     finally: pool.shutdown(cancel_futures=True)
 
 # %% ../../nbs/data/13_own_folder.ipynb #1d0f0004
@@ -90,8 +88,10 @@ def _decode(paths: Sequence[Path], options: PhotoOptions) -> _Decoded:
         except NotNow: large.append(i)
         except Exception as e: out.bad[i] = why_not(e, paths[i]) # Pillow raises a dozen kinds of errors for broken files
         else: out.pixels[i], out.small[i], out.sizes[i] = seen.pixels, seen.small, (seen.width, seen.height)
-    _in_threads(fill, n)
-    for i in tqdm(sorted(large), "read large ones", unit="image", delay=3, leave=False): fill(i, nullcontext)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore") # Pillow's, about size and metadata: the limit is ours, and the pixels are there
+        _in_threads(fill, n)
+        for i in tqdm(sorted(large), "read large ones", unit="image", delay=3, leave=False): fill(i, nullcontext)
     return out
 
 
@@ -112,7 +112,7 @@ class FolderImages:
     sizes: Tensor # int64 [N, 2]: width and height of the originals, upright, in pixels
     small: Tensor # uint8 [N, 3, 32, 32]: all of each image, squashed
     options: PhotoOptions # how they became squares
-    skipped: list[Skipped] # files that are images or should be, and cannot be read
+    skipped: list[Skipped] # folders, and files that are images or should be, that cannot be read
     left_out: dict[str, tuple[str, ...]] # why: names of hidden files and folders, of other kinds of files
 
     def __len__(self): return len(self.images)
@@ -131,8 +131,9 @@ class FolderImages:
 def _refusal(found: FoundFiles, skipped: Sequence[Skipped]) -> str:
     "What to tell someone whose images cannot be used."
     worst = "; ".join(f"{s.name} ({s.reason})" for s in skipped[:5]) + ("; ..." if len(skipped) > 5 else "")
+    of, kinds = len(found.images) + len(found.unreadable), "files and folders" if found.unreadable else "files"
     return (
-        f"{len(skipped):,} of {len(found.images):,} files in {printable(found.folder)} cannot be read as images: {worst}. "
+        f"{len(skipped):,} of {of:,} {kinds} in {printable(found.folder)} cannot be read as images: {worst}. "
         "Remove or replace them, or leave them out with on_error='skip'."
     )
 
@@ -155,8 +156,9 @@ def read_folder(folder: Path | str,
     pixel_limit(max_pixels)
     found = some_images(folder)
     decoded = _decode(found.images, options)
-    skipped = [Skipped(found.name(found.images[i]), why) for i, why in sorted(decoded.bad.items())]
-    if skipped and (on_error == "stop" or len(skipped) == len(found.images)): raise ValueError(_refusal(found, skipped))
+    skipped = [Skipped(*entry) for entry in sorted(found.unreadable.items())]
+    skipped += [Skipped(found.name(found.images[i]), why) for i, why in sorted(decoded.bad.items())]
+    if skipped and (on_error == "stop" or len(decoded.bad) == len(found.images)): raise ValueError(_refusal(found, skipped))
     good = [i for i in range(len(found.images)) if i not in decoded.bad]
     paths, (images, small, sizes) = tuple(found.images[i] for i in good), _keep(decoded, good)
     left_out = {why: tuple(sorted(names)) for why, names in found.left_out.items()}

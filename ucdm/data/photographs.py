@@ -76,10 +76,15 @@ def opaque(im: Image.Image, grey: int = 255) -> Image.Image: # RGB
 # %% ../../nbs/data/11_photographs.ipynb #2b11f017
 FRAMES = 24 # so many are looked at
 
+def _moves(im: Image.Image) -> bool:
+    "Whether an image is an animation, or another row of pictures of one kind."
+    return im.format != "MPO" and getattr(im, "is_animated", False)
+
+
 def _frames(im: Image.Image) -> Iterator[Image.Image]: # the same object, on one picture after the other
     "The pictures of an animation; the one picture of anything else."
     yield im
-    if im.format == "MPO" or not getattr(im, "is_animated", False): return
+    if not _moves(im): return
     for n in range(1, FRAMES):
         try: im.seek(n)
         except EOFError: return
@@ -91,7 +96,7 @@ def first_visible(im: Image.Image, options: PhotoOptions = PhotoOptions()) -> Im
     first = None
     for frame in _frames(im):
         rgb = opaque(_shrunk(_eight_bits(upright(frame)), options.size), options.grey)
-        if any(high - low > 8 for low, high in rgb.getextrema()): return rgb
+        if not _moves(im) or any(high - low > 8 for low, high in rgb.getextrema()): return rgb
         first = first or rgb
     return first
 

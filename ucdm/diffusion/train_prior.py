@@ -218,13 +218,10 @@ class _UNetState:
         choose_attention(self.unet, device)
         self.params = [*self.unet.parameters(), *self.text.parameters()]
         on_card = torch.device(device).type == "cuda" # where one launch for all parameters is much faster
-        self.optimizer = torch.optim.AdamW(
-            self.params, lr=config.lr, betas=(0.9, 0.99), weight_decay=1e-2, fused=on_card
-        )
+        self.optimizer = torch.optim.AdamW(self.params, lr=config.lr, betas=(0.9, 0.99), weight_decay=1e-2, fused=on_card)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: rate(step, config))
-        self.ema = EMAModel(
-            self.params, decay=config.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75, foreach=on_card
-        )
+        average = dict(decay=config.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+        self.ema = EMAModel(self.params, **average, foreach=on_card)
         self.step, self.curve, self.running, self.clock = 0, [], [], Clock(allowed=minutes)
         if state := load_checkpoint(checkpoint, config, UNET_FIELDS):
             for name in self.PARTS: getattr(self, name).load_state_dict(state[name])
@@ -274,7 +271,6 @@ def train_unet(
 
     ValueError if the checkpoint is of another recipe, FloatingPointError if the loss is not finite.
     """
-    # where a card computes, it also holds the latents
     mean, std = (x.to(device) if torch.device(device).type == "cuda" else x for x in latents)
     n_images = len(labels)
     n_train = n_images - config.n_validation
@@ -396,8 +392,8 @@ def train(
     train_vae(pipe.vae, images.images, config, out / "vae.ckpt", device, compile)
     both = torch.cat([images.images, images.images.flip(-1)]) if config.flip else images.images
     latents = encode_dataset(pipe.vae, both, 1024 if torch.device(device).type == "cuda" else 32)
-    adjective = brightness_adjective(images.images, images.labels)
-    sampler, checkpoint = caption_sampler(tokenizer, images.classes, config), out / "unet.ckpt"
+    adjective, checkpoint = brightness_adjective(images.images, images.labels), out / "unet.ckpt"
+    sampler = caption_sampler(tokenizer, images.classes, config)
     train_unet(
         pipe, latents, images.labels, adjective, sampler, config, checkpoint, device, compile, minutes=minutes
     )

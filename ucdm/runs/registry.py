@@ -97,7 +97,7 @@ def register_problem(problem: Problem) -> Problem:
     return problem
 
 # %% ../../nbs/runs/02_registry.ipynb #8ca813b0
-REGISTERING = ("ucdm.runs.mismatch", "ucdm.baselines", "ucdm.longtail") # modules that register problems and methods
+REGISTERING = ("ucdm.runs.mismatch", "ucdm.baselines", "ucdm.likelihood", "ucdm.longtail") # modules that register problems and methods
 
 def _look_up(name: str, registry: dict, what: str):
     "The entry of that name. ValueError names those there are."

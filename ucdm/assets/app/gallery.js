@@ -8,40 +8,37 @@ const HUES = ["#0072b2", "#c8641b", "#00805c", "#b0568a", "#8a7000", "#3b8fc4", 
 const hue = k => k === K ? "var(--other)" : HUES[k % HUES.length];
 const percent = p => p >= .9995 ? "100 %" : p < .0005 ? "0 %" : (100 * p).toFixed(p > .099 ? 0 : 1) + " %";
 
-// the cut
-const best = data.probs.map(p => p.slice(0, K).reduce((m, x, k) => x > p[m] ? k : m, 0));
+// the cut, by numbers with all their digits: probabilities in `data.probs` are rounded, and only shown
 let threshold = data.threshold, shown = [], filter = -1, current = -1, drawn = 0;
-const answer = n => {
-  const p = data.probs[n];
-  if (threshold === null) return p[K] > p[best[n]] ? K : best[n];
-  return p[best[n]] >= threshold ? best[n] : K;
-};
-const certainty = n => {
-  const p = data.probs[n];
-  if (threshold !== null) return Math.abs(p[best[n]] - threshold);
-  const two = [...p].sort((a, b) => b - a);
-  return two[0] - two[1];
-};
+const answer = n => threshold === null ? data.own[n] : data.score[n] >= threshold ? data.best[n] : K;
+const certainty = n => threshold === null ? data.margin[n] : Math.abs(data.score[n] - threshold);
 
-// corrections are kept by this browser until they are saved
-const memory = "ucdm corrections " + location.pathname;
-let fixed = {};
-try { fixed = JSON.parse(localStorage.getItem(memory) || "{}") } catch { }
+// corrections, name of a photograph -> name of an answer, are kept by this browser until they are saved
+const memory = "ucdm corrections of " + data.root + " in " + location.pathname, here = new Set(data.names);
+let fixed = new Map();
+function recall() {
+  try { fixed = new Map(JSON.parse(localStorage.getItem(memory) || "[]").filter(([name]) => here.has(name))) } catch { }
+}
 function keep() {
-  try { localStorage.setItem(memory, JSON.stringify(fixed)) } catch { }
-  const n = Object.keys(fixed).length;
+  try { localStorage.setItem(memory, JSON.stringify([...fixed])) } catch { }
+  count();
+}
+function count() {
+  const n = fixed.size;
   $("corrections").hidden = !n;
   $("number").textContent = n + (n === 1 ? " correction" : " corrections");
 }
+const quoted = s => /[",\n\r]/.test(s) ? '"' + s.replaceAll('"', '""') + '"' : s;
+const csvText = () => ["file,label", ...[...fixed].map(([name, to]) => quoted(data.root + name) + "," + quoted(to)), ""].join("\n");
+// another window of this page
+addEventListener("storage", e => { if (e.key === memory) { recall(); count(); draw() } });
 $("save").onclick = () => {
-  const quoted = s => /[",\n\r]/.test(s) ? '"' + s.replaceAll('"', '""') + '"' : s;
-  const lines = Object.entries(fixed).map(([name, k]) => quoted(data.root + name) + "," + quoted(data.answers[k]));
   const link = make("a");
-  link.href = URL.createObjectURL(new Blob(["file,label\n" + lines.join("\n") + "\n"], { type: "text/csv" }));
+  link.href = URL.createObjectURL(new Blob([csvText()], { type: "text/csv" }));
   link.download = "corrections.csv";
   link.click();
 };
-$("forget").onclick = () => { fixed = {}; keep(); draw() };
+$("forget").onclick = () => { fixed.clear(); keep(); draw() };
 
 // the grid: a part at a time, the next one when its end comes near
 function card(n) {
@@ -58,7 +55,7 @@ function card(n) {
   text.append(line, make("span", "name", data.names[n]));
   c.append(img, meter, text);
   c.title = data.names[n];
-  if (data.names[n] in fixed) c.append(make("span", "mark", "→ " + data.answers[fixed[data.names[n]]]));
+  if (fixed.has(data.names[n])) c.append(make("span", "mark", "→ " + fixed.get(data.names[n])));
   else if (data.labels[n] >= 0) c.append(make("span", "mark", (data.labels[n] === k ? "✓ " : "✗ ") + data.answers[data.labels[n]]));
   c.onclick = () => open(n);
   return c;
@@ -114,7 +111,7 @@ function open(n) {
     return row;
   }));
   $("correct").replaceChildren(...data.answers.map((name, j) => {
-    const b = make("button", fixed[data.names[n]] === j ? "on" : "", name);
+    const b = make("button", fixed.get(data.names[n]) === name ? "on" : "", name);
     b.style.setProperty("--hue", hue(j));
     b.onclick = () => correct(j);
     return b;
@@ -122,8 +119,8 @@ function open(n) {
   if (!$("look").open) $("look").showModal();
 }
 function correct(k) {
-  const name = data.names[current];
-  if (fixed[name] === k) delete fixed[name]; else fixed[name] = k;
+  const name = data.names[current], to = data.answers[k];
+  if (fixed.get(name) === to) fixed.delete(name); else fixed.set(name, to);
   keep();
   open(current);
 }
@@ -144,7 +141,7 @@ function cut() {
   $("threshold").disabled = own;
   if (!own) $("threshold").value = threshold;
   $("value").textContent = own ? "" : threshold.toFixed(3);
-  $("flag").textContent = own ? "" : "--threshold " + threshold.toFixed(3);
+  $("flag").textContent = own ? "" : "--threshold " + threshold + (data.with_labels ? " --labels …" : ""); // all digits: the command answers as the page does
 }
 let waiting = 0;
 const soon = () => { cancelAnimationFrame(waiting); waiting = requestAnimationFrame(draw) };
@@ -160,4 +157,4 @@ const turn = name => {
 };
 for (const b of $("tabs").children) b.onclick = () => { turn(b.dataset.tab); history.replaceState(null, "", "#tab-" + b.dataset.tab) };
 turn(location.hash.replace("#tab-", ""));
-cut(); keep(); draw();
+recall(); count(); cut(); draw();
