@@ -105,9 +105,10 @@ def _same(a: Sequence[int] | None, b: Sequence[int] | None) -> bool:
 RECORD = ".ucdm_sorted.json" # path of a copy -> photograph, bytes, nanoseconds
 
 def _read_record(folder: Path) -> dict[str, list]:
-    "What earlier calls put into a folder. ValueError for a damaged record."
+    "What earlier calls put into a folder, and nothing outside of it. ValueError for a damaged record."
     if not (file := folder / RECORD).exists(): return {}
-    try: return checked_json(file)["copies"]
+    def inside(to): return ".." not in Path(to).parts and not Path(to).is_absolute()
+    try: return {to: of for to, of in checked_json(file)["copies"].items() if inside(to)}
     except CorruptResult as e:
         raise ValueError(
             f"sort_into: {e}; choose another folder, or delete that file: copies under earlier answers then stay."

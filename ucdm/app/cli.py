@@ -26,8 +26,10 @@ def one_line(command: str):
     "Errors become one line on standard error, and the exit status; a warning is a line, too."
     def show(text): print(f"ucdm {command}: {' '.join(str(text).split())}".encode("utf-8", "replace").decode(), file=sys.stderr)
     print_anything()
+    said = set() # a warning is shown once
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: show(message)
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *_: str(message) in said or said.add(str(message)) or show(message)
         try: yield
         except BAD_INPUT as e: status, error = 2, e
         except (OSError, RuntimeError, MemoryError, ArithmeticError) as e: status, error = 1, e
@@ -47,7 +49,10 @@ def _about():
     photographs and erases it; a classifier learns from these pairs to tell the classes apart, and to answer "other".
 
     Try it: `ucdm demo photos`, then `ucdm fit photos T-shirt trouser --out model`, then
-    `ucdm predict model photos/new --csv answers.csv --page page`.
+    `ucdm predict model photos/new --csv answers.csv --page`.
+
+    Status 0: done. 2: something given will not do, and nothing was written. 1: begun and not finished, or `check` has
+    warnings. What was stopped goes on when the same command is given again.
     """
 
 # %% ../../nbs/app/17_cli.ipynb #6641bb97
@@ -77,7 +82,8 @@ ON_ERROR = typer.Option("stop", help="at a photograph that cannot be read: stop,
 MAX_PIXELS = typer.Option(None, help="pixels of a photograph, at most [default: 89 million]", show_default=False)
 DEVICE = typer.Option(None, help="cuda, mps or cpu [default: the best that is there]", show_default=False)
 UNKNOWN = typer.Option(False, "--unknown-words", help="go on although a small generator has no word for a class")
-LABELS = typer.Option(None, help="a CSV with the columns file and label, if you have a few labels", show_default=False)
+LABELS = typer.Option(None, help="a CSV with the columns file (as below the folder) and label (a class, or other), if you "
+                      "have a few labels", show_default=False)
 
 # %% ../../nbs/app/17_cli.ipynb #6dc953fa
 @app.command("fit", epilog="Example: `ucdm fit photos T-shirt trouser --out model`")
@@ -87,7 +93,8 @@ def fit_command(
     out: Path = typer.Option(..., help="folder of the model, outside the photographs"),
     prior: str = PRIOR,
     size: int = SIZE,
-    profile: str = typer.Option("quick", help="how long to train: quick (minutes), standard, or paper (hours to days)"),
+    profile: str = typer.Option("quick", help="how long to train: quick (minutes), standard (an hour or more), or paper "
+                                "(hours to days)"),
     labels: Path = LABELS,
     fit: str = FIT,
     alpha: str = ALPHA,
@@ -98,7 +105,7 @@ def fit_command(
                                    "sure the probabilities may be"),
     keep_cut: Path = typer.Option(None, help="an earlier model of these classes: answer as many photographs with other as "
                                   "its cut does", show_default=False),
-    seed: int = typer.Option(0, help="random seed of everything"),
+    seed: int = typer.Option(0, help="another number gives other noise, another order and other first weights"),
     unknown_words: bool = UNKNOWN,
     work: Path = typer.Option(None, help="folder for pairs and checkpoints [default: OUT.work]", show_default=False),
     device: str = DEVICE,
@@ -108,7 +115,7 @@ def fit_command(
     with one_line("fit"):
         import ucdm.app.fitting
         model = ucdm.app.fitting.fit(folder, classes, out, **settings)
-        say(f"{model} in {out}, {model.about['duration']}. Next: ucdm predict {out} FOLDER --csv answers.csv --page page")
+        say(f"{model} in {out}, {model.about['duration']}. Next: ucdm predict {out} FOLDER --csv answers.csv --page")
 
 # %% ../../nbs/app/17_cli.ipynb #7d17c0a3
 class BarePage(TyperCommand):
@@ -128,14 +135,15 @@ THRESHOLD = typer.Option(None, help="least probability of a class; below it the 
 def predict_command(
     model: str = MODEL,
     folder: Path = FOLDER,
-    csv: Path = typer.Option(None, help="file for the answers, the most uncertain first", show_default=False),
+    csv: Path = typer.Option(None, help="file for the answers: file, answer and the probability of every class, the most "
+                             "uncertain first", show_default=False),
     sort_into: Path = typer.Option(None, help="copy the photographs into folders named like the answers", show_default=False),
     page: str = typer.Option(None, help="a page to look at, in this folder [default: beside the answers]", show_default=False),
     reject_rate: float = typer.Option(None, help="fraction of the photographs to answer with other", show_default=False),
     threshold: float = THRESHOLD,
     target_precision: float = typer.Option(None, help="of those that get a class, so many must be right, such as 0.95; "
                                            "needs --labels, a few of each class and of other", show_default=False),
-    keep_cut: bool = typer.Option(False, "--keep-cut", help="answer with the cut that --target-precision found from now on"),
+    keep_cut: bool = typer.Option(False, "--keep-cut", help="answer with the cut of this call from now on"),
     labels: Path = LABELS,
     on_error: str = ON_ERROR,
     max_pixels: int = MAX_PIXELS,
@@ -201,7 +209,7 @@ def review_command(
     model: str = MODEL,
     folder: Path = FOLDER,
     out: Path = typer.Option("corrections.csv", help="file for what you say of the photographs"),
-    port: int = typer.Option(7860, help="of this machine, for the browser"),
+    port: int = typer.Option(7860, help="the page is at http://127.0.0.1:PORT, for this machine only"),
     on_error: str = typer.Option("skip", help="at a photograph that cannot be read: skip it, or stop"),
     device: str = DEVICE,
 ):

@@ -8,8 +8,6 @@ __all__ = ['SMALLEST', 'LARGEST', 'RESNET_FROM', 'network_name', 'TwoHeadResNet'
 
 # %% ../../nbs/app/03_network.ipynb #0ba59766
 from collections.abc import Callable
-from http.client import HTTPException
-from pickle import UnpicklingError
 from typing import Literal
 
 import torch
@@ -72,7 +70,7 @@ def imagenet_weights(tell: Callable = say, # takes a line
     "The weights of a ResNet-18 for ImageNet, from torch's cache or by download."
     source = ResNet18_Weights.IMAGENET1K_V1
     try: return source.get_state_dict(progress=False, check_hash=True)
-    except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError, HTTPException) as e:
+    except Exception as e: # no network, a broken download, a damaged file: each fails in a way of its own
         why = printable(f"{type(e).__name__}: {e}"[:80])
         tell(
             f"no pretrained weights ({why}): the network starts from scratch. To have them, stop here and put "

@@ -174,14 +174,15 @@ TOGETHER = 4096 # vectors a file, so that an interruption costs little
 @patch
 def of(self: Embeddings, keys: Sequence[bytes],
        compute: Callable[[list[int]], Tensor], # positions of keys -> their vectors [n, D]
-       together: int = TOGETHER, # computed and kept at a time
+       together: int | None = None, # computed and kept at a time; None: TOGETHER
       ) -> Tensor: # [len(keys), D]
     "The vectors of some keys; those that are not kept yet are computed, each once."
     self.read()
     first = {k: i for i, k in reversed(list(enumerate(keys)))}
     new = [i for k, i in first.items() if k not in self.known]
-    for start in range(0, len(new), together):
-        at = sorted(new)[start:start + together]
+    size = together or TOGETHER
+    for start in range(0, len(new), size):
+        at = sorted(new)[start:start + size]
         self.add([keys[i] for i in at], compute(at))
     return torch.stack([self.known[k] for k in keys])
 
