@@ -14,10 +14,12 @@ from annotated_types import Interval
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..core.batching import AdaptiveBatches
 from ..core.checked import Count, Seed, settings, Template
 from ..core.randomness import generator
 from ..diffusion.prior import Prior
 from ..diffusion.schedule import add_noise
+from ..method.generate import COMPILE_FROM
 from ..runs.pools import run_prior
 from ..runs.registry import register_method
 
@@ -27,6 +29,19 @@ def levels(n: int, # how many
           ) -> list[int]: # ascending
     "n evenly spaced levels: the middles of n equal parts of 0, ..., T - 1."
     return [int((i + .5) * train_steps / n) for i in range(n)]
+
+# %% ../../nbs/baselines/19_diffusion_classifier.ipynb #60534da1
+def _batch_errors(prior: Prior, x_0: Tensor, # latents [B, *latent_shape]
+                  noise: Tensor, # one a level [n, *latent_shape]
+                  embedded: Tensor, # prompts [C, L, D]
+                 ) -> Tensor: # [B, C, n], on the CPU
+    "Squared errors of the predicted noise."
+    C, found, e = len(embedded), [], embedded.repeat(len(x_0), 1, 1)
+    for eps, t in zip(noise, levels(len(noise), len(prior.schedule.alpha_bar))):
+        x_t = add_noise(x_0, eps.expand_as(x_0), prior.schedule.alpha_bar[t].item())
+        predicted = prior.predict(x_t.repeat_interleave(C, 0), t, e)
+        found.append((predicted - eps).square().sum((1, 2, 3)).view(-1, C).cpu())
+    return torch.stack(found, 2)
 
 # %% ../../nbs/baselines/19_diffusion_classifier.ipynb #60534da2
 def noise_errors(prior: Prior, # the frozen model
@@ -40,19 +55,17 @@ def noise_errors(prior: Prior, # the frozen model
     """How far the predicted noise is from the true one, for each image, prompt and level (Algorithm 1 of Li et al.,
     2023).
     """
-    embedded, ts, C = prior.embed(list(prompts)), levels(draws, len(prior.schedule.alpha_bar)), len(prompts)
+    embedded, C, made = prior.embed(list(prompts)), len(prompts), [torch.empty(0, len(prompts), draws)]
     noise = torch.stack(
         [torch.randn(prior.latent_shape, generator=generator(seed, "noise", i)) for i in range(draws)]
     ).to(prior.device)
-    errors, size = torch.empty(len(images), C, draws), max(1, batch_size // C)
-    for first in tqdm(range(0, len(images), size), disable=not progress):
-        x_0 = prior.encode(images[first:first + size])
-        e = embedded.repeat(len(x_0), 1, 1)
-        for i, t in enumerate(ts):
-            x_t = add_noise(x_0, noise[i].expand_as(x_0), prior.schedule.alpha_bar[t].item())
-            found = prior.predict(x_t.repeat_interleave(C, 0), t, e)
-            errors[first:first + size, :, i] = (found - noise[i]).square().sum((1, 2, 3)).view(-1, C).cpu()
-    return errors
+    batches = AdaptiveBatches(max(1, batch_size // C), "images")
+    def errors(part): return _batch_errors(prior, prior.encode(part), noise, embedded)
+    with tqdm(total=len(images), unit="image", disable=not progress) as bar:
+        for found, n in batches(errors, images, fixed=prior.fixed_shapes):
+            made.append(found[:n])
+            bar.update(n)
+    return torch.cat(made)
 
 # %% ../../nbs/baselines/19_diffusion_classifier.ipynb #f2445e2a
 def posterior(errors: Tensor, # [N, C, n]
@@ -85,6 +98,7 @@ class DiffusionClassifier:
               ) -> Tensor: # [N, K + 1, n]
         "Squared errors of the noise found with each class prompt and, last, with the empty one."
         c = self.config
+        if len(images) * len(self.prompts) * c.draws >= COMPILE_FROM: self.prior.compile()
         return noise_errors(self.prior, images, self.prompts, c.draws, c.seed, c.batch_size, self.progress)
 
     def predict(self, images: Tensor, # uint8 [N, 3, H, W]

@@ -19,9 +19,10 @@ from ..baselines.image_text_model import Embeddings
 from ..core.files import canonical
 from ..data.images import pixel_hash
 from ..diffusion.prior import Prior
+from ..method.generate import COMPILE_FROM
 
 # %% ../../nbs/likelihood/01_errors.ipynb #19b02880
-ERRORS_VERSION = 1 # raise it when `noise_errors` computes something else
+ERRORS_VERSION = 2 # raise it when `noise_errors` computes something else
 
 def errors_folder(cache: Path, # of the runs
                   fingerprint: str, # of the generator
@@ -42,11 +43,12 @@ def image_errors(prior: Prior, # the frozen generator
                  draws: int, # n, levels with one noise each
                  seed: int = 0, # of the noise
                  cache: Path | None = None, # folder of what runs share; None: nothing is kept
-                 batch_size: int = 256, # evaluations at a time
+                 batch_size: int = 96, # evaluations at a time; compiled code of this size is ready soonest
                  progress: bool = False, # show a progress bar
                 ) -> Tensor: # squared errors, float32 [N, C, n]
     "The errors of `noise_errors`; those that are kept are read, the others computed and kept."
     if not len(images): return torch.zeros(0, len(prompts), draws)
+    if len(images) * len(prompts) * draws >= COMPILE_FROM: prior.compile()
     kept = Embeddings(cache and errors_folder(cache, prior.fingerprint, prompts, draws, seed))
     keys = [bytes.fromhex(pixel_hash(x))[:16] for x in images.cpu()]
     with tqdm(total=len(set(keys)), unit="image", desc="errors of the generator", disable=not progress) as bar:

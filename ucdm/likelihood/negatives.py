@@ -23,6 +23,7 @@ from ..core.randomness import generator
 from ..core.tensor_files import read_tensors, write_tensors
 from ..diffusion.captions import learnt_classes
 from ..diffusion.prior import drawn_from, Prior
+from ..method.generate import COMPILE_FROM
 
 # %% ../../nbs/likelihood/03_negatives.ipynb #d3c9eb5b
 VOCABULARY = "vocabulary" # the words that a small generator has learnt
@@ -72,17 +73,19 @@ def _read(file: Path | None) -> list[Tensor]: # uint8 [3, H, W] each
     except ValueError: return [] # damaged: drawn again
 
 # %% ../../nbs/likelihood/03_negatives.ipynb #3c070005
-BATCH, WRITE_EVERY = 128, 1024 # images
+BATCH, WRITE_EVERY = 48, 960 # images
 
 def _draw_lacking(lacking: Sequence[tuple[str, int]], # in the order of each prompt's images
                   there: dict[str, list[Tensor]], # by prompt; grows
                   files: dict[str, Path | None],
-                  draw: Callable, progress: bool) -> None:
+                  draw: Callable, fixed: bool, # whether all batches must be of one size
+                  progress: bool) -> None:
     "Draw images and write those of a prompt together."
     with tqdm(total=len(lacking), desc="negatives", unit="image", disable=not progress) as bar:
         for part in chunked(lacking, WRITE_EVERY):
             for batch in chunked(part, BATCH):
-                for (prompt, _), image in zip(batch, draw(batch)): there[prompt].append(image.cpu())
+                images = draw(batch + batch[-1:] * (BATCH - len(batch)) if fixed else batch) # as compiled code likes it
+                for (prompt, _), image in zip(batch, images): there[prompt].append(image.cpu())
                 bar.update(len(batch))
             for prompt in dict.fromkeys(prompt for prompt, _ in part):
                 if files[prompt]: write_tensors(files[prompt], dict(images=torch.stack(there[prompt])), {})
@@ -99,5 +102,6 @@ def kept_negatives(prior: Prior, prompts: Sequence[str], n: int, guidance: float
     with locked(Path(cache) / "negatives" / ".lock", "negatives") if cache else nullcontext():
         there = {p: _read(f) for p, f in files.items()}
         lacking = sorted((p, j) for p, j in wanted if j >= len(there[p]))
-        _draw_lacking(lacking, there, files, draw, progress)
+        if 2 * steps * len(lacking) >= COMPILE_FROM: prior.compile()
+        _draw_lacking(lacking, there, files, draw, prior.fixed_shapes, progress)
     return torch.stack([there[p][j] for p, j in wanted])
