@@ -358,6 +358,57 @@ def test_review_goes_on_and_is_learnt_from(photos, model, tmp_path):
     assert [k.label for k in read_labels(tmp_path / "c.csv")] == ["trouser", "other"]
 
 
+NOTES = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from ucdm.app.reviewing import note, Review
+
+file, which = Path(sys.argv[1]), int(sys.argv[2])
+paths = [file.parent / f"{n}.jpg" for n in range(60)]
+r = Review(SimpleNamespace(found=SimpleNamespace(paths=paths)), file, order=list(range(60)))
+print("ready", flush=True)
+input()
+for n in range(which, 60, 3): note(r, n, f"by {which}")
+"""
+
+
+def test_processes_that_review_into_one_csv(tmp_path):
+    "Three at once lose no label, and leave nothing beside the CSV."
+    file = tmp_path / "c.csv"
+    started = [
+        subprocess.Popen([sys.executable, "-c", NOTES, file, str(n)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for n in range(3)
+    ]
+    try:
+        for process in started: assert process.stdout.readline() == "ready\n"
+        for process in started: print(file=process.stdin, flush=True)
+        assert [process.wait(120) for process in started] == [0, 0, 0]
+    finally:
+        for process in started: process.kill()
+    with open(file, encoding="utf-8") as f: rows = {Path(r["file"]).stem: r["label"] for r in csv.DictReader(f)}
+    assert rows == {str(n): f"by {n % 3}" for n in range(60)} and [p.name for p in tmp_path.iterdir()] == ["c.csv"]
+
+
+def test_a_review_and_an_editor(photos, model, tmp_path):
+    "What a person wrote into the CSV stays, and what cannot be read is not written over."
+    found, m, file = read_folder(photos / "new"), Model.load(model, "cpu"), tmp_path / "c.csv"
+    r = begin_review(Answers(m, found, m.predict(found.images), None, "own rule"), file)
+    label(r, "trouser")
+    with open(file, "a", encoding="utf-8") as f: f.write(f"{r.path(1)},other\ngone.jpg,T-shirt\n")
+    label(r, "T-shirt")
+    with open(file, encoding="utf-8") as f: rows = {Path(row["file"]).name: row["label"] for row in csv.DictReader(f)}
+    wanted = {r.path(0).name: "trouser", r.path(1).name: "T-shirt", "gone.jpg": "T-shirt"}
+    assert rows == wanted and r.at == 2
+    for spoilt in (b"", b"PK\x03\x04 a table of another program", file.read_bytes() + b"a.jpg\n"):
+        file.write_bytes(spoilt)
+        with pytest.raises(ValueError, match=r"labels: .*c\.csv"): label(r, "other")
+        assert file.read_bytes() == spoilt and r.at == 2 and len(r.labels) == 3
+    file.unlink()
+    label(r, "other")
+    assert len(file.read_text(encoding="utf-8").splitlines()) == 5 and [p.name for p in tmp_path.iterdir()] == ["c.csv"]
+
+
 # The command
 
 def test_check_warns_with_status_1(photos, tmp_path, monkeypatch):

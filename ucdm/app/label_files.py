@@ -58,17 +58,19 @@ class Labelled:
     group: str = ""
 
 # %% ../../nbs/app/01_label_files.ipynb #45538515
-def _found(name: str, places: list[Path], where: str) -> Path:
-    "The file that a line names. FileNotFoundError if it is in none of the places."
+def _found(name: str, places: list[Path], where: str, gone: bool) -> Path:
+    "The file that a line names. FileNotFoundError if it is in none of the places, unless it may be gone."
     for place in places:
         if os.path.isfile(place / name): return place / name
     _check_utf8(name, where)
+    if gone: return places[0] / name
     looked = printable(" nor in ".join(map(str, places)))
     raise FileNotFoundError(f"{where}: there is no file {name!r} in {looked}; write paths relative to one of them.")
 
 # %% ../../nbs/app/01_label_files.ipynb #4826ee37
 def read_labels(file: Path | str, # a CSV with the columns file and label, and maybe group
                 folder: Path | str | None = None, # where files are looked for that are not beside the CSV
+                gone: bool = False, # whether photographs that are no longer there are listed, too
                ) -> list[Labelled]:
     """The lines of a CSV of labels.
 
@@ -80,19 +82,19 @@ def read_labels(file: Path | str, # a CSV with the columns file and label, and m
     places = [file.parent, *([Path(folder)] if folder is not None else [])]
     for n, row in _rows(file):
         where = f"labels: {file}, line {n}"
-        entry = _entry(row, places, where)
+        entry = _entry(row, places, where, gone)
         if found.setdefault(entry.path, entry).label != entry.label:
             raise ValueError(f"{where}: {row['file']!r} has two labels; keep one of them.")
     return list(found.values())
 
 # %% ../../nbs/app/01_label_files.ipynb #59517d4d
-def _entry(row: dict, places: list[Path], where: str) -> Labelled:
+def _entry(row: dict, places: list[Path], where: str, gone: bool) -> Labelled:
     "A line of a CSV. ValueError for a missing label or an unknown group."
     _check_utf8(row["label"], where)
     if not row["label"].strip(): raise ValueError(f"{where}: the label is missing; write one, or drop the line.")
     group = row.get("group", "").strip()
     if group and group not in GROUPS: raise ValueError(f"{where}: {nearest(group, GROUPS, 'group')}")
-    return Labelled(_found(row["file"], places, where), row["label"].strip(), group)
+    return Labelled(_found(row["file"], places, where, gone), row["label"].strip(), group)
 
 # %% ../../nbs/app/01_label_files.ipynb #ef6fdb0e
 OTHER = "other"

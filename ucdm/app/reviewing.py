@@ -7,6 +7,8 @@ __all__ = ['SHOWN', 'Review', 'begin_review', 'next_open', 'note', 'label', 'ope
 
 # %% ../../nbs/app/16_reviewing.ipynb #de578b52
 import csv, importlib, io, threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from .label_files import read_labels
 from .model import Model
 from .photographs import pixels_of
 from .predicting import predict
-from ..core.files import write_atomic
+from ..core.files import locked, write_atomic
 
 # %% ../../nbs/app/16_reviewing.ipynb #1b5e648d
 @dataclass
@@ -49,18 +51,38 @@ def next_open(r: Review, at: int) -> int: # len(r.order): all are looked at
     while at < len(r.order) and str(r.path(at)) in r.labels: at += 1
     return at
 
+# %% ../../nbs/app/16_reviewing.ipynb #7c16e021
+def _labels_now(r: Review) -> dict[str, str]: # whole path -> label
+    "What the CSV holds at this moment; what this review knows if it was deleted. ValueError if it cannot be read."
+    try: return {str(known.path.resolve()): known.label for known in read_labels(r.file, gone=True)}
+    except FileNotFoundError: return r.labels
+
+# %% ../../nbs/app/16_reviewing.ipynb #7c16e023
+@contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    "No other process notes something in this CSV while the block runs. TimeoutError if one does so for a minute."
+    lock = file.with_name(f".{file.name}.lock")
+    with locked(lock, str(file), timeout=60):
+        try: yield
+        finally:
+            with suppress(OSError): lock.unlink() # where an open file cannot be removed, the lock itself does so
+
 # %% ../../nbs/app/16_reviewing.ipynb #c54d280d
 def note(r: Review, at: int, # which photograph of the order is meant
          name: str | None, # a class, "other", or None to leave it open
         ) -> int: # which one comes next
-    "Note what a photograph is. OSError if the CSV cannot be written."
+    """Note what a photograph is.
+
+    OSError if the CSV cannot be written, ValueError if it holds something else by now; it is unchanged then.
+    """
     if name is None: return next_open(r, at + 1)
-    with r.writing:
-        labels = r.labels | {str(r.path(at)): name}
+    file = r.file.resolve() # through a link: it stays one
+    with r.writing, _alone(file):
+        labels = _labels_now(r) | {str(r.path(at)): name}
         held = io.StringIO()
         rows = csv.writer(held, lineterminator="\n")
         rows.writerows([("file", "label"), *labels.items()])
-        write_atomic(r.file, held.getvalue().encode("utf-8", "surrogateescape"))
+        write_atomic(file, held.getvalue().encode("utf-8", "surrogateescape"))
         r.labels = labels
     return next_open(r, at + 1)
 
@@ -139,5 +161,5 @@ def review(model: Model | Path | str, # a model, or what `Model.load` takes
     """
     _gradio()
     r = begin_review(predict(model, folder, on_error=on_error, device=device), out)
-    review_window(r).launch(server_name="127.0.0.1", server_port=port, share=False)
+    review_window(r).launch(server_name="127.0.0.1", server_port=port, share=False, show_error=True)
     return r
