@@ -5,12 +5,14 @@ import json
 import subprocess
 import sys
 from html.parser import HTMLParser
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from PIL import Image
+from torchvision.models import resnet18
 from typer.testing import CliRunner
 
 import ucdm.app.checking
@@ -27,6 +29,7 @@ from ucdm.app.model import Model
 from ucdm.app.network import SizedUCDM
 from ucdm.app.predicting import predict
 from ucdm.app.reviewing import begin_review, label
+from ucdm.core.tensor_files import read_tensors, write_tensors
 from ucdm.data.own_folder import read_folder
 from ucdm.evaluation.metrics import evaluate as evaluate_groups
 from ucdm.method.classifier import UCDM
@@ -139,6 +142,44 @@ def test_from_64_pixels_on_it_is_a_resnet(photos, tmp_path):
     assert made.about["weights"] == "scratch" and "resnet18" in repr(made)
     assert made.predict(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == (1, 2)
     assert torch.equal(Model.load(tmp_path / "m", "cpu").predict(x := torch.full((2, 3, 64, 64), 90, dtype=torch.uint8)), made.predict(x))
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    "Six photographs, and a function that fits a ResNet-18 to them, with its pairs in one folder."
+    home, calls = tmp_path_factory.mktemp("few"), count()
+    demo(home / "photos", photos=6, new=1)
+    def fit_few(weights, stopped=False): # what is to be had: a function
+        train, out = ucdm_app.fitting._run, home / f"model {next(calls)}"
+        def stop(state, data, checkpoint, fingerprint, callback, *more):
+            def note(entry, u):
+                if entry["kind"] == "epoch" and entry["round"] == 1: raise KeyboardInterrupt
+            train(state, data, checkpoint, fingerprint, note, *more)
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(ucdm_app.fitting, "starting_weights", weights)
+            if stopped: m.setattr(ucdm_app.fitting, "_run", stop)
+            try: return fit(home / "photos", ["T-shirt"], out, size=64, work=home / "work", device="cpu", progress=False)
+            except KeyboardInterrupt: return next((home / "work").glob("training-*.ckpt"))
+    return fit_few
+
+
+def never(*_): raise AssertionError("nobody is to ask for weights")
+
+
+@pytest.mark.parametrize("there, card", [(True, "ImageNet's weights"), (False, "scratch")])
+def test_what_a_stopped_training_started_from(few, there, card):
+    "The card says what the network started from, whatever can be had when it goes on; nothing is loaded then."
+    checkpoint = few(lambda *_: resnet18().state_dict() if there else None, stopped=True)
+    assert (made := few(never)).about["weights"] == card and f"| network starts from | {card} |" in str(made.generate_model_card())
+    checkpoint.unlink()
+
+
+def test_what_a_training_of_an_earlier_version_started_from(few):
+    checkpoint = few(lambda *_: None, stopped=True)
+    tensors, meta = read_tensors(checkpoint)
+    write_tensors(checkpoint, tensors, meta | dict(history=[h for h in meta["history"] if h["kind"] != "start"]))
+    assert few(never).about["weights"].startswith("not known")
+    checkpoint.unlink()
 
 
 # What will not do
