@@ -68,7 +68,7 @@ def model_name(model: str, # as in the settings
     raise ValueError(
         f"no CLIP is packaged that learnt from the images of the generator {prior!r}: name one in the setting `model`, "
         "a folder or a hub id such as 'openai/clip-vit-large-patch14', or train one with "
-        "`python -m ucdm.baselines.train_clip train`."
+        "`ucdm.baselines.train_clip.train`."
     )
 
 
