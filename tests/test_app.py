@@ -4,6 +4,7 @@ import errno
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from itertools import count
 from pathlib import Path
@@ -30,6 +31,7 @@ from ucdm.app.network import SizedUCDM
 from ucdm.app.predicting import predict
 from ucdm.app.reviewing import begin_review, label
 from ucdm.core.tensor_files import read_tensors, write_tensors
+from ucdm.data import own_folder
 from ucdm.data.own_folder import read_folder
 from ucdm.evaluation.metrics import evaluate as evaluate_groups
 from ucdm.method.classifier import UCDM
@@ -292,6 +294,35 @@ def test_answers_of_a_folder(photos, model, tmp_path):
     near = [float(r["certainty"]) for r in rows]
     assert near == sorted(near) and all(abs(sum(float(r[f"p({k})"]) for k in (*CLASSES, "other")) - 1) < 1e-5 for r in rows)
     for r in rows: assert (tmp_path / "s" / r["answer"] / r["file"]).read_bytes() == (photos / "new" / r["file"]).read_bytes()
+
+
+def test_stopped_while_it_reads_it_goes_on(photos, model, tmp_path, monkeypatch):
+    "`predict`, `evaluate` and `fit` read what the stopped call did not, and leave nothing in the cache."
+    monkeypatch.setenv("UCDM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(own_folder, "EVERY", 0.0)
+    monkeypatch.setattr(own_folder, "ThreadPoolExecutor", lambda: ThreadPoolExecutor(1))
+    real, read = own_folder.read_photograph, []
+    def counted(path, *more):
+        if len(read) == most: raise KeyboardInterrupt
+        read.append(path)
+        return real(path, *more)
+    monkeypatch.setattr(own_folder, "read_photograph", counted)
+    for name in ("T-shirt", "bag"):
+        (tmp_path / "sorted" / name).mkdir(parents=True)
+        for n in range(4): Image.new("RGB", (40 + n, 30), "red").save(tmp_path / "sorted" / name / f"{n}.png")
+    calls = [
+        (12, ["predict", model, photos / "new", "--csv", tmp_path / "a.csv"]),
+        (8, ["evaluate", model, tmp_path / "sorted"]),
+        (36, ["fit", photos, *CLASSES, "--out", model, "--device", "cpu"]), # which is there
+    ]
+    for files, words in calls:
+        read.clear()
+        most = 5
+        status, _, wrong = ucdm(*words)
+        assert status == 1 and wrong.endswith("stopped; the same command goes on from here.\n") and len(read) == 5
+        most = files
+        assert ucdm(*words)[0] == 0 and len(set(read)) == len(read) == files
+        assert list((tmp_path / "cache" / "reading").iterdir()) == []
 
 
 def test_own_rule_is_ucdms(photos, model):

@@ -1,7 +1,10 @@
 """Folders as people have them: 24 reports about other tools, a test each, with small files that are made here."""
+import errno
 import io
 import os
+import signal
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -20,7 +23,7 @@ from ucdm.data.class_names import check_class_names
 from ucdm.data.duplicates import find_duplicates, near_pairs
 from ucdm.data.folder import image_files, load_image_folder, load_unlabelled
 from ucdm.data.images import content_ids, decode
-from ucdm.data.own_folder import read_folder
+from ucdm.data.own_folder import kept_reading, read_folder
 
 # pictures
 
@@ -452,6 +455,115 @@ def test_interrupted(tmp_path, monkeypatch):
     for i in range(200): write(tmp_path, **{f"{i}.png": PLAIN})
     with pytest.raises(KeyboardInterrupt): read_folder(tmp_path)
     assert len(read) < 100
+
+
+# stopped, and gone on with
+
+@pytest.fixture
+def many(tmp_path):
+    return write(tmp_path / "photos", **{f"{i:02}.png": encoded(picture(40 + i, 40)) for i in range(40)})
+
+
+@pytest.fixture
+def read(monkeypatch):
+    "The names of the files that are read; what was read is kept at once."
+    names, real = [], own_folder.read_photograph
+    monkeypatch.setattr(own_folder, "EVERY", 0.0)
+    monkeypatch.setattr(own_folder, "read_photograph", lambda path, *more: names.append(path.name) or real(path, *more))
+    return names
+
+
+def same(a, b):
+    for part in ("images", "small", "sizes"): assert torch.equal(getattr(a, part), getattr(b, part)), part
+    assert (a.names, a.skipped, a.ids) == (b.names, b.skipped, b.ids)
+
+
+SLOWLY = """
+import sys, time
+from ucdm.data import own_folder
+real = own_folder.read_photograph
+own_folder.EVERY, own_folder.read_photograph = 0.1, lambda *given: time.sleep(0.1) or real(*given)
+own_folder.read_folder(sys.argv[1], kept=sys.argv[2])
+"""
+
+
+def test_killed_while_it_reads(many, tmp_path, read):
+    "What blocks hold is not read again, and what comes of the folder is the same."
+    kept = tmp_path / "kept"
+    process = subprocess.Popen([sys.executable, "-c", SLOWLY, many, kept])
+    late = time.monotonic() + 120
+    while len(list(kept.glob("*.block"))) < 2 and process.poll() is None and time.monotonic() < late: time.sleep(0.01)
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL
+    held = sum(len(own_folder._block(file)[0]) for file in kept.glob("*.block"))
+    found = read_folder(many, kept=kept)
+    assert len(set(read)) == len(read) == 40 - held < 40
+    same(found, read_folder(many))
+
+
+def test_only_what_fits_is_not_read_again(many, tmp_path, read, monkeypatch):
+    "Changed and new files, those that could not be read, damaged blocks, and other settings."
+    monkeypatch.setattr(own_folder, "BLOCK", 60_000) # of nine images
+    def again(**settings):
+        read.clear()
+        found, now = read_folder(many, on_error="skip", kept=tmp_path / "kept", **settings), sorted(read)
+        same(found, read_folder(many, on_error="skip", **settings))
+        return now
+    broken = many / "07.png"
+    whole, state = broken.read_bytes(), broken.stat()
+    broken.write_bytes(b"no image")
+    everything = [f"{i:02}.png" for i in range(40)]
+    assert again() == everything and again() == again() == ["07.png"]
+    broken.write_bytes(whole)
+    (many / "03.png").write_bytes(encoded(picture(50, 50)))
+    (many / "04.png").rename(many / "x.png")
+    assert again() == ["03.png", "07.png", "x.png"] and again() == []
+    os.utime(many / "05.png", ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+    assert again() == ["05.png"]
+    now = sorted(name for name in everything if name != "04.png") + ["x.png"]
+    for other in (dict(size=16), dict(fit="pad"), dict(alpha="black"), dict(draft_side=64), dict(max_pixels=10**6)):
+        assert again(**other) == now and again(**other) == []
+    monkeypatch.setenv("UCDM_MAX_PIXELS", "3000")
+    assert again() == now and again() == sorted(n for n in now if 40 * (40 + int(n[:2] if n[0] != "x" else 4)) > 3000)
+
+
+def test_damaged_blocks_are_removed(many, tmp_path, read, monkeypatch):
+    monkeypatch.setattr(own_folder, "EVERY", 0.01)
+    kept = tmp_path / "kept"
+    whole = read_folder(many, kept=kept)
+    first, *_ = blocks = sorted(kept.glob("*.block"))
+    data = first.read_bytes()
+    for spoilt in (data[:-10], data[:-10] + bytes(10), b"", b"no block"):
+        first.write_bytes(spoilt)
+        read.clear()
+        same(read_folder(many, kept=kept), whole)
+        assert read and not first.exists()
+    assert set(blocks[1:]) < set(kept.iterdir())
+
+
+@pytest.mark.parametrize("fails", ["mkdir", "disk_usage", "replace"])
+def test_what_cannot_be_kept_is_one_line(many, tmp_path, read, capsys, monkeypatch, fails):
+    "A folder that may not be written to, a disk that is nearly full, and one that is."
+    def full(*_, **__): raise OSError(errno.ENOSPC, "No space left on device")
+    if fails == "mkdir": (tmp_path / "kept").touch()
+    if fails == "replace": monkeypatch.setattr("ucdm.core.files.os.replace", full)
+    if fails == "disk_usage": monkeypatch.setattr(own_folder.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
+    same(read_folder(many, kept=tmp_path / "kept"), read_folder(many))
+    line, = capsys.readouterr().out.splitlines()
+    assert line.startswith("what is read cannot be kept in ") and ("exists" if fails == "mkdir" else "No space left") in line
+
+
+def test_short_readings_are_not_kept(many, tmp_path, monkeypatch):
+    "A folder of the cache goes when its work is done, stays after an error, and is not there for a week."
+    monkeypatch.setenv("UCDM_CACHE", str(tmp_path / "cache"))
+    with kept_reading(many, 32) as kept: read_folder(many, kept=kept)
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(own_folder, "EVERY", 0.0)
+    with pytest.raises(ValueError), kept_reading(many, 32) as kept: read_folder(many, kept=kept); raise ValueError
+    assert kept.is_dir()
+    with kept_reading(many, 64) as other: assert other != kept and kept.is_dir()
+    os.utime(kept, (0, 0))
+    with kept_reading(many, 64): assert not kept.exists()
 
 
 def test_printable():

@@ -149,7 +149,7 @@ def predict_command(
     max_pixels: int = MAX_PIXELS,
     device: str = DEVICE,
 ):
-    "Answer with a class or other for every photograph of a folder."
+    "Answer with a class or other for every photograph of a folder. Stopped, the same command goes on."
     options = {k: v for k, v in locals().items() if k not in ("model", "folder")} | dict(page=page or page == "")
     with one_line("predict"):
         from ucdm.app.predicting import predict

@@ -20,7 +20,7 @@ from .label_files import label_number, Labelled, read_labels
 from .model import check_device, Model
 from .photographs import pixels_of
 from ..core.checked import checked
-from ..data.own_folder import read_folder
+from ..data.own_folder import kept_reading, read_folder
 from ..data.photographs import PhotoOptions
 from ..data.splits import GROUPS
 from ..evaluation.metrics import auroc_known_vs_other, ece
@@ -69,9 +69,9 @@ class Measured(NamedTuple):
     skipped: list[str] # names of others, and why they cannot be read
 
 # %% ../../nbs/app/13_evaluating.ipynb #f561c900
-def _of_folder(model: Model, labelled: Path, on_error: str, max_pixels: int | None) -> Measured:
+def _of_folder(model: Model, labelled: Path, on_error: str, max_pixels: int | None, kept: Path | None) -> Measured:
     "A folder with a sub-folder a class. ValueError for a photograph that lies in none."
-    found = read_folder(labelled, model.size, model.fit, model.alpha, on_error, max_pixels)
+    found = read_folder(labelled, model.size, model.fit, model.alpha, on_error, max_pixels, kept=kept)
     if flat := [n for n in found.names if "/" not in n]:
         raise ValueError(f"labelled: {labelled / flat[0]} lies in no sub-folder; give one sub-folder a class, or a CSV.")
     written = [n.split("/")[0] for n in found.names]
@@ -95,12 +95,14 @@ def evaluate(model: Model | Path | str, # a model, or what `Model.load` takes
     checked(on_error, Literal["stop", "skip"], "on_error")
     labelled = Path(labelled)
     model = model if isinstance(model, Model) else Model.load(model, check_device(device))
-    read = _of_folder if labelled.is_dir() else _of_csv
-    images, written, groups, skipped = read(model, labelled, on_error, max_pixels)
-    numbers = torch.tensor([label_number(w, model.classes, strict=False) for w in written])
-    if not (numbers < len(model.classes)).any():
-        raise ValueError(f"labelled: no photograph of {', '.join(model.classes)} in {labelled}; check the labels' names.")
-    probs, threshold = model.predict(images), model.threshold if threshold is None else threshold
+    asked = model, labelled, on_error, max_pixels
+    with kept_reading(labelled, model.size, model.fit, model.alpha, max_pixels) as kept:
+        images, written, groups, skipped = _of_folder(*asked, kept) if labelled.is_dir() else _of_csv(*asked)
+        numbers = torch.tensor([label_number(w, model.classes, strict=False) for w in written])
+        if not (numbers < len(model.classes)).any():
+            names = ", ".join(model.classes)
+            raise ValueError(f"labelled: no photograph of {names} in {labelled}; check the labels' names.")
+        probs, threshold = model.predict(images), model.threshold if threshold is None else threshold
     given = [model.answers[i] for i in answers(probs, threshold).tolist()]
     confusion = pd.crosstab(pd.Series(written, name="label"), pd.Series(given, name="answer"))
     confusion = confusion.reindex(columns=model.answers, fill_value=0)

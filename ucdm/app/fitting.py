@@ -29,6 +29,7 @@ from ..core.tensor_files import read_tensors
 from ..data.class_names import check_class_names
 from ..data.image_files import image_files
 from ..data.images import ImageSet
+from ..data.own_folder import kept_reading
 from ..diffusion.captions import foreign_words, learnt_classes
 from ..diffusion.prior import load_prior, Prior
 from ..method.batch_norm import affine_frozen, freeze_batch_norm
@@ -332,8 +333,9 @@ def fit(folder: Path | str, # of unlabelled photographs
     earlier = _with_cut(keep_cut, classes, device) if keep_cut else None
     prior = load_prior(s.prior, device)
     check_words(prior, classes, s.unknown_words)
-    found = read_photographs(folder, classes, s, labels)
-    tell(found.report)
-    prior = sharp(prior, found, s)
-    job = Job(found, classes, prior, s, specification(found, classes, prior, s), work, device, tell)
-    return _fitted(job, out, earlier, began, progress)
+    with kept_reading(folder, s.size, s.fit, s.alpha, s.max_pixels) as kept:
+        found = read_photographs(folder, classes, s, labels, kept)
+        tell(found.report)
+        prior = sharp(prior, found, s)
+        job = Job(found, classes, prior, s, specification(found, classes, prior, s), work, device, tell)
+        return _fitted(job, out, earlier, began, progress)

@@ -73,11 +73,12 @@ def labelled_images(known: list[Labelled], classes: tuple[str, ...], options: Ph
 def read_photographs(folder: Path | str, classes: tuple[str, ...],
                      s: FitSettings = FitSettings(), # size and all about reading
                      labels: Path | str | None = None, # a CSV with the columns file and label
+                     kept: Path | None = None, # see `read_folder`
                     ) -> Photographs:
     "The photographs of a folder and their labels. Errors as those of `read_folder` and `read_labels`."
     known = read_labels(labels, folder) if labels is not None else []
     numbers = {entry.path.resolve(): label_number(entry.label, classes, strict=True) for entry in known}
-    found = read_folder(folder, s.size, s.fit, s.alpha, s.on_error, s.max_pixels)
+    found = read_folder(folder, s.size, s.fit, s.alpha, s.on_error, s.max_pixels, kept=kept)
     stay, left_out = _without_ignored(found)
     paths = [found.paths[n] for n in stay]
     real = [p.resolve() for p in paths]

@@ -23,7 +23,7 @@ from .photographs import labelled_images
 from ..core.checked import checked
 from ..core.progress import say
 from ..data.image_files import head_of, kind_of
-from ..data.own_folder import read_folder
+from ..data.own_folder import FolderImages, kept_reading, read_folder
 from ..data.photographs import PhotoOptions
 
 # %% ../../nbs/app/12_predicting.ipynb #7c12e002
@@ -133,6 +133,12 @@ def _keep_cut(a: Answers, folder: Path) -> None:
     m.about = m.about | dict(cut_from=a.cut)
     m.write_settings(folder)
 
+# %% ../../nbs/app/12_predicting.ipynb #7c12e040
+def _labels_of(found: FolderImages, known: list[Labelled], classes: tuple[str, ...]) -> dict[str, int]: # by name
+    "The numbers of those photographs of a folder that have a label."
+    numbers = {entry.path.resolve(): label_number(entry.label, classes, strict=False) for entry in known}
+    return {name: numbers[p.resolve()] for name, p in zip(found.names, found.paths) if p.resolve() in numbers}
+
 # %% ../../nbs/app/12_predicting.ipynb #f20f051d
 def predict(model: Model | Path | str, # a model, or what `Model.load` takes
             folder: Path | str, # of photographs
@@ -149,7 +155,7 @@ def predict(model: Model | Path | str, # a model, or what `Model.load` takes
             device: str | None = None, # None chooses
             progress: bool = True, # tell how far it is
            ) -> Answers:
-    """Answers for all photographs of a folder.
+    """Answers for all photographs of a folder. Stopped and called again, it reads on where it was.
 
     ValueError, TypeError or FileNotFoundError for what cannot be, before anything is written; OSError where it cannot
     be written.
@@ -162,13 +168,14 @@ def predict(model: Model | Path | str, # a model, or what `Model.load` takes
     if sort_into: check_sort_into(sort_into, folder, model.answers)
     known = read_labels(labels, folder) if labels else []
     strangers = check_labels(known, model.classes)
-    found = read_folder(folder, model.size, model.fit, model.alpha, on_error, max_pixels)
-    chosen = _choose(model, model.predict(found.images), reject_rate, threshold, target_precision, known, found.options)
-    numbers = {entry.path.resolve(): label_number(entry.label, model.classes, strict=False) for entry in known}
-    there = {name: numbers[p.resolve()] for name, p in zip(found.names, found.paths) if p.resolve() in numbers}
-    a, tell = Answers(model, found, labels=there, **chosen), say if progress else (lambda line: None)
-    if strangers: tell(f"labels: of no class of this model, so they count as other: {strangers}")
-    _write(a, csv, sort_into, page, tell)
+    tell = say if progress else (lambda line: None)
+    with kept_reading(folder, model.size, model.fit, model.alpha, max_pixels) as kept:
+        found = read_folder(folder, model.size, model.fit, model.alpha, on_error, max_pixels, kept=kept)
+        probs = model.predict(found.images)
+        chosen = _choose(model, probs, reject_rate, threshold, target_precision, known, found.options)
+        a = Answers(model, found, labels=_labels_of(found, known, model.classes), **chosen)
+        if strangers: tell(f"labels: of no class of this model, so they count as other: {strangers}")
+        _write(a, csv, sort_into, page, tell)
     if keep_cut: _keep_cut(a, Path(home))
     return a
 
