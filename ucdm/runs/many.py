@@ -9,6 +9,7 @@ __all__ = ['RunsFailed', 'check_labels', 'run_many', 'finished']
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from ..core.progress import human_time, say
@@ -78,7 +79,9 @@ def run_many(specs: Sequence[RunSpec],
     results, failures, done, began, total = [None] * len(specs), [], {}, time.monotonic(), len(todo)
     if progress and todo: say(f"{total} runs to compute, {len(set(hashes)) - total} kept from before")
     different = {hashes.index(h): specs[hashes.index(h)] for h in dict.fromkeys(hashes)}
-    for i, outcome in engine.outcomes(different, cache, fresh, root, progress):
+    there = {i: s for i, s in different.items() if hashes[i] not in todo} # no process is started to read them
+    lacking, further = {i: s for i, s in different.items() if i not in there}, (cache, fresh, root, progress)
+    for i, outcome in chain(LocalEngine().outcomes(there, *further), engine.outcomes(lacking, *further) if lacking else ()):
         done[hashes[i]] = outcome
         if hashes[i] not in todo or not progress: continue
         todo.remove(hashes[i])
