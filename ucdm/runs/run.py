@@ -76,7 +76,7 @@ def _compute(r: Resolved, folder: Path, partial: Path, root, progress: bool, fil
     with clock.part("evaluate"):
         truth = data.split.true_labels(data.train)
         evaluation = r.problem.evaluate(fitted, data.split, data.test)
-        dear = r.method.uses_prior and not r.method.uses_pairs # its answers
+        dear = hasattr(fitted, "prior") # it asks the generator for every answer
         if r.problem.validate and is_packaged(spec.prior) and not dear:
             evaluation.protocols |= r.problem.validate(fitted, data.split, data.train, spec.prior)
     where |= dict(answering=answering(fitted, data.test.images[:4 if dear else 256]))
