@@ -29,7 +29,7 @@ from ucdm.app.gallery import write_page
 from ucdm.app.model import Model
 from ucdm.app.network import SizedUCDM
 from ucdm.app.predicting import predict
-from ucdm.app.reviewing import begin_review, label
+from ucdm.app.reviewing import begin_review, label, note
 from ucdm.core.tensor_files import read_tensors, write_tensors
 from ucdm.data import own_folder
 from ucdm.data.own_folder import read_folder
@@ -476,9 +476,21 @@ def test_a_review_and_an_editor(photos, model, tmp_path):
         file.write_bytes(spoilt)
         with pytest.raises(ValueError, match=r"labels: .*c\.csv"): label(r, "other")
         assert file.read_bytes() == spoilt and r.at == 2 and len(r.labels) == 3
+    file.write_text(f"file;label;group;remark\n{r.path(0)};other;known;dark\n", encoding="utf-8") # columns of one's own
+    note(r, 0, "trouser")
+    with open(file, encoding="utf-8") as f: assert list(csv.DictReader(f)) == [dict(file=str(r.path(0)), label="trouser", group="known", remark="dark")]
+    (tmp_path / "l.jpg").symlink_to(r.path(0)) # two rows of one photograph, and columns of one name
+    file.write_text(f"file,label,,\n{r.path(0)},trouser,dark,blurry\nl.jpg,trouser,b,c\n", encoding="utf-8")
+    label(r, "other")
+    with open(file, encoding="utf-8") as f: assert [row[2:] for row in csv.reader(f)][1:] == [["dark", "blurry"], ["b", "c"], ["", ""]]
+    (tmp_path / "l.jpg").unlink()
+    file.write_text(f"file,label,group,remark\n{r.path(0)},trouser,known,dark\n", encoding="utf-8")
+    r.at = 2
+    label(r, "other")
+    with open(file, encoding="utf-8") as f: assert list(csv.DictReader(f))[1] == dict(file=str(r.path(2)), label="other", group="", remark="")
     file.unlink()
     label(r, "other")
-    assert len(file.read_text(encoding="utf-8").splitlines()) == 5 and [p.name for p in tmp_path.iterdir()] == ["c.csv"]
+    assert len(file.read_text(encoding="utf-8").splitlines()) == 4 and [p.name for p in tmp_path.iterdir()] == ["c.csv"]
 
 
 # The command

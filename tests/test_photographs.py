@@ -569,3 +569,20 @@ def test_short_readings_are_not_kept(many, tmp_path, monkeypatch):
 def test_printable():
     assert printable("写真\u202f1.jpg") == "写真\u202f1.jpg" and printable("a\x1b[31m\u2028b") == "a\\x1b[31m\\u2028b"
     assert printable(Path(os.fsdecode(b"\xff/\xc3\xa9"))) == "\\xff/é"
+
+
+def test_what_is_not_ours_stays_in_the_cache(tmp_path, monkeypatch):
+    "Folders of other programs beside ours, and other files in one of ours."
+    from ucdm.data import own_folder
+    home = tmp_path / "reading"
+    for name in ("books", "0123456789abcdef", "fedcba9876543210"): (home / name).mkdir(parents=True)
+    for file in ("books/thesis.txt", "0123456789abcdef/a.block", "fedcba9876543210/b.block", "fedcba9876543210/mine.txt"):
+        (home / file).write_text("x", encoding="utf-8")
+    for place in home.iterdir(): os.utime(place, (0, 0))
+    own_folder._forget_old(home)
+    left = sorted(p.relative_to(home).as_posix() for p in home.rglob("*") if p.is_file())
+    assert left == ["books/thesis.txt", "fedcba9876543210/mine.txt"] and not (home / "0123456789abcdef").exists()
+    def locked_up(self, pattern): raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(Path, "glob", locked_up)
+    assert own_folder._blocks_in(home) == []
+    own_folder._forget(home)

@@ -7,13 +7,13 @@ __all__ = ['SHOWN', 'Review', 'begin_review', 'next_open', 'note', 'label', 'ope
 
 # %% ../../nbs/app/16_reviewing.ipynb #de578b52
 import csv, importlib, io, threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .answer_table import Answers, table
-from .label_files import read_labels
+from .label_files import label_rows, read_labels
 from .model import Model
 from .photographs import pixels_of
 from .predicting import predict
@@ -39,7 +39,7 @@ class Review:
 def begin_review(a: Answers, file: Path | str) -> Review:
     "A review from its beginning, or from where an earlier one with the same file ended. ValueError for another CSV."
     file = Path(file)
-    known = {str(k.path.resolve()): k.label for k in read_labels(file)} if file.exists() else {}
+    known = {str(k.path.resolve()): k.label for k in read_labels(file, gone=True)} if file.exists() else {}
     place = {name: n for n, name in enumerate(a.found.names)}
     order = [place[name] for name in table(a)["file"]]
     order = [n for n in order if str(a.found.paths[n].resolve()) not in known]
@@ -52,10 +52,21 @@ def next_open(r: Review, at: int) -> int: # len(r.order): all are looked at
     return at
 
 # %% ../../nbs/app/16_reviewing.ipynb #7c16e021
-def _labels_now(r: Review) -> dict[str, str]: # whole path -> label
+def _rows_now(r: Review) -> list[tuple[str, dict[str, str]]]: # whole path, column -> field
     "What the CSV holds at this moment; what this review knows if it was deleted. ValueError if it cannot be read."
-    try: return {str(known.path.resolve()): known.label for known in read_labels(r.file, gone=True)}
-    except FileNotFoundError: return r.labels
+    try: read_labels(r.file, gone=True) # is it in order?
+    except FileNotFoundError: return [(path, dict(file=path, label=name)) for path, name in r.labels.items()]
+    return [(str((r.file.parent / row["file"]).resolve()), row) for _, row in label_rows(r.file)]
+
+# %% ../../nbs/app/16_reviewing.ipynb #7c16e026
+def _csv(rows: Iterable[dict[str, str]]) -> str:
+    "Rows as the text of a CSV, with all columns that occur."
+    rows, held = list(rows), io.StringIO()
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    out = csv.DictWriter(held, columns, "", quoting=csv.QUOTE_ALL, lineterminator="\n")
+    out.writeheader()
+    out.writerows(rows)
+    return held.getvalue()
 
 # %% ../../nbs/app/16_reviewing.ipynb #7c16e023
 @contextmanager
@@ -78,12 +89,11 @@ def note(r: Review, at: int, # which photograph of the order is meant
     if name is None: return next_open(r, at + 1)
     file = r.file.resolve() # through a link: it stays one
     with r.writing, _alone(file):
-        labels = _labels_now(r) | {str(r.path(at)): name}
-        held = io.StringIO()
-        rows = csv.writer(held, lineterminator="\n")
-        rows.writerows([("file", "label"), *labels.items()])
-        write_atomic(file, held.getvalue().encode("utf-8", "surrogateescape"))
-        r.labels = labels
+        rows, path = _rows_now(r), str(r.path(at))
+        if path not in dict(rows): rows.append((path, dict(file=path)))
+        rows = [(p, row | dict(label=name) if p == path else row) for p, row in rows]
+        write_atomic(file, _csv(row for _, row in rows).encode("utf-8", "surrogateescape"))
+        r.labels = {p: row["label"].strip() for p, row in rows}
     return next_open(r, at + 1)
 
 # %% ../../nbs/app/16_reviewing.ipynb #7c16e003

@@ -7,7 +7,7 @@ __all__ = ['DECODING_MEMORY', 'EVERY', 'BLOCK', 'SPARE', 'WEEK', 'NotNow', 'Memo
            'read_folder', 'kept_reading', 'load_unlabelled']
 
 # %% ../../nbs/data/13_own_folder.ipynb #1d0f0003
-import errno, hashlib, math, os, shutil, threading, time, uuid, warnings
+import errno, hashlib, math, os, re, shutil, threading, time, uuid, warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
@@ -93,9 +93,23 @@ def _marks(paths: Sequence[Path], options: PhotoOptions) -> list[str]: # "" for 
     def mark(path):
         try: state = path.stat()
         except OSError: return ""
-        what = f"{decides} {state.st_size} {state.st_mtime_ns} ".encode() + os.fsencode(os.path.abspath(path))
+        state = f"{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_dev} {state.st_ino}"
+        what = f"{decides} {state} ".encode() + os.fsencode(os.path.abspath(path))
         return hashlib.sha256(what).hexdigest()[:32]
     with ThreadPoolExecutor() as pool: return list(pool.map(mark, paths))
+
+# %% ../../nbs/data/13_own_folder.ipynb #4e0a1013
+def _blocks_in(folder: Path) -> list[Path]:
+    "The blocks of a folder; none of one that may not be looked into."
+    try: return sorted(folder.glob("*.block"))
+    except OSError: return []
+
+
+def _forget(folder: Path) -> None:
+    "Remove the blocks of a folder, half ones too, and then the folder if nothing else is in it."
+    with suppress(OSError):
+        for file in [*folder.glob("*.block"), *folder.glob("*.block.*.partial")]: file.unlink(missing_ok=True)
+        folder.rmdir()
 
 # %% ../../nbs/data/13_own_folder.ipynb #4e0a1014
 EVERY, BLOCK, SPARE = 30.0, 2**25, 2**30 # seconds between blocks; bytes of one, at most; bytes of disk left to others
@@ -106,7 +120,7 @@ class _Blocks:
         self.folder, self.decoded, self.since, self.marks = folder, decoded, time.monotonic(), _marks(paths, options)
         self.done = np.array([not mark for mark in self.marks]) # what is in a block, or shall be in none
         rows = {mark: i for i, mark in enumerate(self.marks) if mark}
-        for file in folder.glob("*.block"):
+        for file in _blocks_in(folder):
             marks, parts = _block(file)
             there = [n for n, mark in enumerate(marks) if mark in rows]
             if not there: continue # images of other settings have another size, maybe
@@ -121,7 +135,7 @@ def _block(file: Path) -> tuple[list[str], list[Tensor]]: # marks, and the first
         tensors, meta = read_tensors(file)
         parts = {k: tensors[k] for k in _Decoded._fields[:3]}
         if meta["hash"] == tensors_hash(parts): return meta["marks"], [*parts.values()]
-    except (OSError, ValueError, TypeError, KeyError): pass
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError): pass # the last one: another process removed it
     with suppress(OSError): file.unlink()
     return [], []
 
@@ -251,7 +265,8 @@ def _forget_old(home: Path) -> None:
     "Remove what was kept of readings that were stopped a week ago."
     with suppress(OSError):
         for place in home.iterdir():
-            if time.time() - place.stat().st_mtime > WEEK: shutil.rmtree(place, ignore_errors=True)
+            ours = re.fullmatch("[0-9a-f]{16}", place.name) and place.is_dir()
+            if ours and time.time() - place.stat().st_mtime > WEEK: _forget(place)
 
 # %% ../../nbs/data/13_own_folder.ipynb #4e0a1022
 @contextmanager
@@ -266,7 +281,7 @@ def kept_reading(folder: Path | str, # of images
         _forget_old(home)
         what = canonical([str(Path(folder).resolve()), *settings])
         yield (place := home / hashlib.sha256(what.encode()).hexdigest()[:16])
-        shutil.rmtree(place, ignore_errors=True)
+        _forget(place)
 
 # %% ../../nbs/data/13_own_folder.ipynb #1d0f001f
 def _some(names: Sequence[str], most: int = 3) -> str:
