@@ -6,7 +6,7 @@
 __all__ = ['THUMB', 'thumb_name', 'write_thumbs', 'page_data', 'polyline', 'curves', 'facts', 'write_page']
 
 # %% ../../nbs/app/11_gallery.ipynb #897a0b13
-import base64, hashlib, io, os, warnings
+import base64, hashlib, io, os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -27,6 +27,7 @@ from .cut import answers, certainty, cut_curve, cut_points
 from .model import SHEET
 from .network import network_name
 from ..core.files import ASSETS, write_atomic
+from ..core.progress import without_warnings
 from ..data.own_folder import DECODING_MEMORY, MemoryLimit, NotNow
 from ..data.photographs import PhotoOptions, read_photograph
 
@@ -73,8 +74,7 @@ def write_thumbs(a: Answers, folder: Path) -> list[str]: # names below `folder`
     "A thumbnail of each photograph, in threads, then of the large ones; OSError says what could not be written."
     pool, work = ThreadPoolExecutor(), partial(_thumb, a, folder, hold=MemoryLimit(DECODING_MEMORY).hold)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore") # Pillow's, which were there when the photographs were read
+        with without_warnings(): # Pillow's, which were there when the photographs were read
             made = pool.map(work, range(len(a)))
             names = list(tqdm(made, "thumbnails", len(a), unit="photograph", delay=3, leave=False))
     finally: pool.shutdown(cancel_futures=True)

@@ -6,7 +6,6 @@
 __all__ = ['Photographs', 'pixels_of', 'labelled_images', 'read_photographs', 'SharpPrior', 'sharp']
 
 # %% ../../nbs/app/07_photographs.ipynb #44487b20
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from .fit_settings import FitSettings
 from .label_files import ignored_names, label_number, Labelled, read_labels
+from ..core.progress import without_warnings
 from ..data.image_files import printable
 from ..data.images import content_ids
 from ..data.own_folder import FolderImages, read_folder
@@ -57,8 +57,7 @@ def _report(found: FolderImages, left_out: int) -> str:
 def pixels_of(path: Path, options: PhotoOptions) -> Tensor: # uint8 [3, size, size]
     "One photograph as a square. ValueError for one that cannot be read."
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore") # Pillow's, about size and metadata: the limit is ours, and the pixels are there
+        with without_warnings(): # Pillow's, about size and metadata: the limit is ours, and the pixels are there
             return torch.tensor(read_photograph(path, options).pixels)
     except Exception as e: raise ValueError(f"{printable(path)}: {why_not(e, path)}.") from None
 

@@ -6,7 +6,7 @@
 __all__ = ['process_group', 'default_device', 'default_dtype', 'is_out_of_memory', 'compiled', 'choose_attention']
 
 # %% ../../nbs/core/04_device.ipynb #7ea7083c
-import os, shutil, sys, warnings
+import os, shutil, sys
 
 import torch
 from accelerate import PartialState
@@ -14,6 +14,8 @@ from accelerate.utils import parse_flag_from_env
 from accelerate.utils.memory import should_reduce_batch_size
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+
+from .progress import without_warnings
 
 # %% ../../nbs/core/04_device.ipynb #aebcd9fc
 def process_group() -> PartialState | None:
@@ -59,8 +61,7 @@ class compiled:
     def __call__(self, *args, **kwargs):
         if self.fast is not None:
             try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore") # what the compiler thinks of other people's code
+                with without_warnings(): # what the compiler thinks of other people's code
                     return self.fast(*args, **kwargs)
             except Exception as e:
                 if is_out_of_memory(e): raise

@@ -7,7 +7,7 @@ __all__ = ['DECODING_MEMORY', 'EVERY', 'BLOCK', 'SPARE', 'WEEK', 'NotNow', 'Memo
            'read_folder', 'kept_reading', 'load_unlabelled']
 
 # %% ../../nbs/data/13_own_folder.ipynb #1d0f0003
-import errno, hashlib, math, os, re, shutil, threading, time, uuid, warnings
+import errno, hashlib, math, os, re, shutil, threading, time, uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
@@ -29,7 +29,7 @@ from tqdm import tqdm
 from .. import __version__
 from ..core.checked import checked
 from ..core.files import canonical, printable
-from ..core.progress import say
+from ..core.progress import say, without_warnings
 from ..core.remembered import memory_file
 from ..core.tensor_files import read_tensors, tensors_hash, write_tensors
 from .class_names import check_class_names
@@ -177,8 +177,7 @@ def _decode(paths: Sequence[Path], options: PhotoOptions, kept: Path | None = No
         except Exception as e: out.bad[i] = why_not(e, paths[i]) # Pillow raises a dozen kinds of errors for broken files
         else: out.pixels[i], out.small[i], out.sizes[i] = seen.pixels, seen.small, (seen.width, seen.height)
     keep = _Blocks(Path(kept), paths, options, out).keep if kept else lambda: None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore") # Pillow's, about size and metadata: the limit is ours, and the pixels are there
+    with without_warnings(): # Pillow's, about size and metadata: the limit is ours, and the pixels are there
         _in_threads(fill, np.flatnonzero(out.sizes[:, 0] == 0).tolist(), n, keep)
         for i in tqdm(sorted(large), "read large ones", unit="image", delay=3, leave=False):
             fill(i, nullcontext)

@@ -77,7 +77,8 @@ def _compute(r: Resolved, folder: Path, partial: Path, root, progress: bool, fil
         truth = data.split.true_labels(data.train)
         evaluation = r.problem.evaluate(fitted, data.split, data.test)
         dear = hasattr(fitted, "prior") # it asks the generator for every answer
-        if r.problem.validate and is_packaged(spec.prior) and not dear:
+        judged = r.problem.validate and is_packaged(spec.prior) and not hasattr(fitted, "judge") # no classifier judges itself
+        if judged and not dear:
             evaluation.protocols |= r.problem.validate(fitted, data.split, data.train, spec.prior)
     where |= dict(answering=answering(fitted, data.test.images[:4 if dear else 256]))
     where |= dict(
