@@ -478,7 +478,7 @@ def test_a_review_and_an_editor(photos, model, tmp_path):
         assert file.read_bytes() == spoilt and r.at == 2 and len(r.labels) == 3
     file.write_text(f"file;label;group;remark\n{r.path(0)};other;known;dark\n", encoding="utf-8") # columns of one's own
     note(r, 0, "trouser")
-    with open(file, encoding="utf-8") as f: assert list(csv.DictReader(f)) == [dict(file=str(r.path(0)), label="trouser", group="known", remark="dark")]
+    with open(file, encoding="utf-8") as f: assert list(csv.DictReader(f)) == [dict(file=str(r.path(0)), label="trouser", group="", remark="dark")]
     (tmp_path / "l.jpg").symlink_to(r.path(0)) # two rows of one photograph, and columns of one name
     file.write_text(f"file,label,,\n{r.path(0)},trouser,dark,blurry\nl.jpg,trouser,b,c\n", encoding="utf-8")
     label(r, "other")

@@ -32,7 +32,9 @@ def _check_utf8(text: str, where: str) -> None:
         raise ValueError(f"{where}: {printable(text)} is not UTF-8; save the file as UTF-8.")
 
 # %% ../../nbs/app/01_label_files.ipynb #5a1c0e07
-def label_rows(file: Path) -> list[tuple[int, dict]]: # number of the line, column -> field
+def label_rows(file: Path,
+               empty: bool = False, # whether there may be none
+              ) -> list[tuple[int, dict]]: # number of the line, column -> field
     "The lines of a CSV. ValueError for one that lacks a column, or has too few fields or too many."
     lines = _text(file, "labels", "surrogateescape")
     head = lines.partition("\n")[0]
@@ -42,7 +44,7 @@ def label_rows(file: Path) -> list[tuple[int, dict]]: # number of the line, colu
     columns = [c.strip() for c in rows[0][1]] if rows else []
     if lacking := [c for c in ("file", "label") if columns.count(c) != 1]:
         raise ValueError(f"labels: {file} must have one column {lacking[0]!r}; begin it with `file,label`.")
-    if not rows[1:]: raise ValueError(f"labels: {file} has no line below the first; write a file and its label there.")
+    if not rows[1:] and not empty: raise ValueError(f"labels: {file} has no line below the first; write a file and its label there.")
     for n, row in rows:
         if len(row) != len(columns): raise ValueError(
             f"labels: {file}, line {n}: {len(row)} fields where the first line has {len(columns)}; write one for each "
@@ -63,15 +65,15 @@ def _found(name: str, places: list[Path], where: str, gone: bool) -> Path:
     "The file that a line names. FileNotFoundError if it is in none of the places, unless it may be gone."
     for place in places:
         if os.path.isfile(place / name): return place / name
-    _check_utf8(name, where)
     if gone: return places[0] / name
+    _check_utf8(name, where)
     looked = printable(" nor in ".join(map(str, places)))
     raise FileNotFoundError(f"{where}: there is no file {name!r} in {looked}; write paths relative to one of them.")
 
 # %% ../../nbs/app/01_label_files.ipynb #4826ee37
 def read_labels(file: Path | str, # a CSV with the columns file and label, and maybe group
                 folder: Path | str | None = None, # where files are looked for that are not beside the CSV
-                gone: bool = False, # whether photographs that are no longer there are listed, too
+                gone: bool = False, # whether photographs that are no longer there are listed, too, and there may be none
                ) -> list[Labelled]:
     """The lines of a CSV of labels.
 
@@ -81,7 +83,7 @@ def read_labels(file: Path | str, # a CSV with the columns file and label, and m
     file, found = Path(file), {}
     if not file.is_file(): raise FileNotFoundError(f"labels: there is no file {file}; check the path.")
     places = [file.parent, *([Path(folder)] if folder is not None else [])]
-    for n, row in label_rows(file):
+    for n, row in label_rows(file, gone):
         where = f"labels: {file}, line {n}"
         entry = _entry(row, places, where, gone)
         if found.setdefault(entry.path, entry).label != entry.label:

@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pandas as pd
 import PIL
+import psutil
 import torch
 from PIL import Image
 from fastcore.basics import patch
@@ -105,10 +106,17 @@ def _blocks_in(folder: Path) -> list[Path]:
     except OSError: return []
 
 
+def _is_anothers(file: Path) -> bool:
+    "Whether the process that wrote a block, or half a one, still runs and is not this one."
+    writer = file.name.partition("-")[0]
+    return writer.isdecimal() and int(writer) != os.getpid() and psutil.pid_exists(int(writer))
+
+
 def _forget(folder: Path) -> None:
-    "Remove the blocks of a folder, half ones too, and then the folder if nothing else is in it."
+    "Remove the blocks of a folder, half ones too, but not those of a reading that goes on; then the folder if it is empty."
     with suppress(OSError):
-        for file in [*folder.glob("*.block"), *folder.glob("*.block.*.partial")]: file.unlink(missing_ok=True)
+        for file in [*folder.glob("*.block"), *folder.glob("*.block.*.partial")]:
+            if not _is_anothers(file): file.unlink(missing_ok=True)
         folder.rmdir()
 
 # %% ../../nbs/data/13_own_folder.ipynb #4e0a1014
@@ -147,7 +155,11 @@ def write(self: _Blocks, rows: np.ndarray) -> None: # positions of files
     if shutil.disk_usage(self.folder).free < SPARE: raise OSError(errno.ENOSPC, "there is little room on this disk")
     parts = {k: torch.from_numpy(getattr(self.decoded, k)[rows]) for k in _Decoded._fields[:3]}
     about = dict(marks=[self.marks[i] for i in rows], hash=tensors_hash(parts))
-    write_tensors(self.folder / f"{uuid.uuid4().hex}.block", parts, about)
+    for last in (False, True):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try: write_tensors(self.folder / f"{os.getpid()}-{uuid.uuid4().hex}.block", parts, about); break
+        except FileNotFoundError: # another reading, which is done, removed the folder at this moment
+            if last: raise
     self.done[rows] = True
 
 # %% ../../nbs/data/13_own_folder.ipynb #4e0a1018
@@ -278,7 +290,7 @@ def kept_reading(folder: Path | str, # of images
     if home is None: yield None
     else:
         _forget_old(home)
-        what = canonical([str(Path(folder).resolve()), *settings])
+        what = canonical([os.path.realpath(folder), *settings]) # a link to itself is no folder, and is refused later
         yield (place := home / hashlib.sha256(what.encode()).hexdigest()[:16])
         _forget(place)
 
