@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BAD_INPUT', 'app', 'FOLDER', 'CLASSES', 'PRIOR', 'SIZE', 'FIT', 'ALPHA', 'ON_ERROR', 'MAX_PIXELS', 'DEVICE',
-           'UNKNOWN', 'LABELS', 'MODEL', 'THRESHOLD', 'one_line', 'demo_command', 'fit_command', 'BarePage',
+           'UNKNOWN', 'LABELS', 'MODEL', 'THRESHOLD', 'one_line', 'demo_command', 'fit_command', 'MayStandAlone',
            'predict_command', 'check_command', 'evaluate_command', 'export_command', 'review_command', 'pairs_command',
            'store_command', 'reproduce_command']
 
@@ -118,20 +118,20 @@ def fit_command(
         say(f"{model} in {out}, {model.about['duration']}. Next: ucdm predict {out} FOLDER --csv answers.csv --page")
 
 # %% ../../nbs/app/17_cli.ipynb #7d17c0a3
-class BarePage(TyperCommand):
-    "`--page` takes a folder, or nothing."
+class MayStandAlone(TyperCommand):
+    "`--page` takes a folder, or nothing; `--onnx` a file, or nothing."
     def parse_args(self, ctx, args):
         given = []
         for word, following in zip(args, [*args[1:], "--"]):
             given.append(word)
-            if word == "--page" and following.startswith("--"): given.append("")
+            if word in ("--page", "--onnx") and following.startswith("--"): given.append("")
         return super().parse_args(ctx, given)
 
 # %% ../../nbs/app/17_cli.ipynb #95e634ef
 MODEL = typer.Argument(help="the folder that `ucdm fit` wrote, or an id of the hub")
 THRESHOLD = typer.Option(None, help="least probability of a class; below it the answer is other", show_default=False)
 
-@app.command("predict", cls=BarePage, epilog="Example: `ucdm predict model holiday --csv answers.csv --page --reject-rate 0.3`")
+@app.command("predict", cls=MayStandAlone, epilog="Example: `ucdm predict model holiday --csv answers.csv --page --reject-rate 0.3`")
 def predict_command(
     model: str = MODEL,
     folder: Path = FOLDER,
@@ -196,11 +196,15 @@ def evaluate_command(
         print(evaluate(model, labelled, threshold, max_pixels, device, on_error=on_error))
 
 # %% ../../nbs/app/17_cli.ipynb #c64e2e05
-@app.command("export", epilog="Example: `ucdm export model --onnx model.onnx`")
-def export_command(model: str = MODEL, onnx: Path = typer.Option(..., help="file to write")):
+@app.command("export", cls=MayStandAlone, epilog="Example: `ucdm export model --onnx`")
+def export_command(
+    model: str = MODEL,
+    onnx: str = typer.Option(None, help="file to write [default: named like the model, here]", show_default=False),
+):
     "Write a model as ONNX, checked against onnxruntime (an extra: `pip install 'ucdm[export]'`)."
     with one_line("export"):
         from ucdm.app.exporting import export
+        onnx = onnx or f"{Path(model).resolve().name}.onnx"
         say(f"{onnx}: probabilities differ from the model's by {export(model, onnx):.1e} at most")
 
 # %% ../../nbs/app/17_cli.ipynb #d817bf38
