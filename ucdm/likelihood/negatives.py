@@ -10,6 +10,7 @@ __all__ = ['VOCABULARY', 'NEGATIVES_VERSION', 'BATCH', 'WRITE_EVERY', 'read_word
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..baselines.negative_words import negative_words, read_lines
+from ..core.batching import AdaptiveBatches
 from ..core.files import canonical, locked
 from ..core.randomness import generator
 from ..core.tensor_files import read_tensors, write_tensors
@@ -81,12 +83,13 @@ def _draw_lacking(lacking: Sequence[tuple[str, int]], # in the order of each pro
                   draw: Callable, fixed: bool, # whether all batches must be of one size
                   progress: bool) -> None:
     "Draw images and write those of a prompt together."
+    batches = AdaptiveBatches(BATCH, "negatives")
     with tqdm(total=len(lacking), desc="negatives", unit="image", disable=not progress) as bar:
         for part in chunked(lacking, WRITE_EVERY):
-            for batch in chunked(part, BATCH):
-                images = draw(batch + batch[-1:] * (BATCH - len(batch)) if fixed else batch) # as compiled code likes it
-                for (prompt, _), image in zip(batch, images): there[prompt].append(image.cpu())
-                bar.update(len(batch))
+            left = iter(part)
+            for images, n in batches(draw, part, fixed):
+                for (prompt, _), image in zip(islice(left, n), images): there[prompt].append(image.cpu())
+                bar.update(n)
             for prompt in dict.fromkeys(prompt for prompt, _ in part):
                 if files[prompt]: write_tensors(files[prompt], dict(images=torch.stack(there[prompt])), {})
 
