@@ -198,10 +198,19 @@ def _part(stored: dict) -> dict: # outcome in words, badge, claim, evidence
     return stored | dict(outcome=outcome[0].upper() + outcome[1:], badge=_BADGES.get(outcome, "untested"))
 
 
+def _age(entry: dict, result: dict) -> list[str]: # sentences
+    "What a reader has to know of an older result."
+    from ucdm.report.claims import aged
+    said = aged(result.get("checks", []), result.get("stale", 0), len(result.get("runs", [])))
+    if entry["status"] == "done": return said
+    return ["This is the result of an earlier time; the notebook was begun anew since, and did not end.", *said]
+
+
 def _item(out: Path, name: str, entry: dict, result: dict, source: str | None) -> dict:
     "What the page shows of a notebook."
-    is_done = entry["status"] == "done"
-    verdict = result.get("verdict", "done") if is_done else entry["status"]
+    is_done, verdict = entry["status"] == "done", entry["status"]
+    if is_done: verdict = result.get("verdict", "done")
+    elif result: verdict = "older result"
     figures = [f for f in result.get("figures", []) if (out / f).exists()]
     return entry | dict(
         name=name,
@@ -213,8 +222,8 @@ def _item(out: Path, name: str, entry: dict, result: dict, source: str | None) -
         claim=entry["claim"] or result.get("claim", ""),
         thumb=thumbnail(out / figures[0]) if figures else "",
         numbers={k: _number(v) for k, v in result.get("numbers", {}).items()},
-        checks=[_part(c) for c in result.get("checks", [])] if is_done else [],
-        stale=result.get("stale", 0) if is_done else 0,
+        checks=[_part(c) for c in result.get("checks", [])],
+        age=_age(entry, result) if result else [],
         runs=result.get("runs", []),
         time=_duration(entry, result),
     )

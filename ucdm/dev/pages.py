@@ -10,7 +10,7 @@ import ast, html, json, os, posixpath, re, shutil
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ..report.claims import stored_outcome
+from ..report.claims import aged, stored_outcome
 from ..report.filled_numbers import without_sources
 from ..runs.code import code_hash
 from ..runs.spec import MISMATCH
@@ -221,7 +221,7 @@ def _prepare_page(job) -> None:
 def stale_runs(folder: Path, # of a batch's results
                hashes: list[str], # of runs
               ) -> int:
-    "How many of the committed runs were computed by other code than the present."
+    "How many of the committed runs were computed by code that has changed since in what it computes."
     files = [f for h in hashes if (f := folder / "results" / "runs" / f"{h}.json").is_file()]
     runs = [json.loads(f.read_text(encoding="utf-8")) for f in files]
     kinds = [(r["spec"]["method"], r["spec"].get("problem", MISMATCH)) for r in runs]
@@ -241,8 +241,7 @@ def results_section(folder: Path, # of a batch's results, such as outputs/commit
         said = [(c["claim"], stored_outcome(c).capitalize(), c["evidence"]) for c in result["checks"]]
         parts.append("\n".join(f"- {claim} **{outcome}**: {evidence}" for claim, outcome, evidence in said))
     hashes = result.get("runs", [])
-    if stale := stale_runs(folder, hashes):
-        parts.append(f"{stale} of {len(hashes)} runs were computed by other code than the present.")
+    parts += aged(result["checks"], stale_runs(folder, hashes), len(hashes))
     parts += [f"![]({place}/{figure})" for figure in result["figures"] if (folder / figure).exists()]
     tables = [t for t in result["tables"] if (folder / t).exists()]
     parts += [(folder / t).read_text(encoding="utf-8") for t in tables if t.endswith(".md")]

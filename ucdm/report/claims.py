@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HOLDS', 'HINT', 'OPEN', 'FAILS', 'LEAST_RUNS', 'LEVEL', 'LEAST_COUNT', 'Difference', 'difference', 'Check', 'every',
            'compared', 'of_counts', 'not_beyond_chance', 'corrected', 'verdict', 'Conclusion', 'conclude',
-           'stored_outcome']
+           'stored_outcome', 'aged']
 
 # %% ../../nbs/report/05_claims.ipynb #ef54a729
 import math
@@ -155,8 +155,8 @@ class Conclusion:
                 FAILS: "This **does not hold**", None: "This **is not tested here**"}
         lines = "\n".join(f"- {c.claim} {word[c.outcome]}: {c.evidence}" for c in self.checks)
         aged = (
-            f"\n\n{self.stale} of {self.runs} runs were computed by other code than the present; `--fresh` "
-            "computes them again."
+            f"\n\n{self.stale} of {self.runs} runs were computed by code that has changed since in what it computes; "
+            "`--fresh` computes them again."
             if self.stale
             else ""
         )
@@ -210,3 +210,14 @@ def conclude(name: str, # of the notebook
 def stored_outcome(part: dict) -> str: # HOLDS, HINT, OPEN, FAILS or "not tested"
     "The outcome of a part in a result's file."
     return part.get("outcome", {True: HOLDS, False: FAILS}.get(part.get("holds"))) or "not tested"
+
+# %% ../../nbs/report/05_claims.ipynb #c1a10034
+def aged(checks: Sequence[dict], # parts of a claim, as stored
+         stale: int, runs: int, # of the runs, how many are by code that has changed since
+        ) -> list[str]: # sentences
+    "What is out of date in a stored result."
+    said = []
+    if any("outcome" not in c for c in checks):
+        said.append("Its parts were judged by an earlier rule: a lead of more than its standard error counted as one that holds.")
+    if stale: said.append(f"{stale} of {runs} runs were computed by code that has changed since in what it computes.")
+    return said

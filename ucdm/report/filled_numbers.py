@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..core.files import write_atomic
+from .intervals import mean_text
 
 # %% ../../nbs/report/14_filled_numbers.ipynb #a4000007
 @lru_cache(maxsize=256)
@@ -28,6 +29,19 @@ def _in_table(row: str, column: str, # labels; of a row with several, joined by 
     labels = next((n for n, c in enumerate(head) if c), 1) # columns without a heading
     return next((c[head.index(column)] for c in lines if ", ".join(filter(None, c[:labels])) == row), None)
 
+# %% ../../nbs/report/14_filled_numbers.ipynb #a4000017
+_RUNS = re.compile(r"(\w+) (\w+) of ([0-9a-f]{6,}(?: [0-9a-f]{6,})*)")
+
+def _of_runs(asked: re.Match, # of `_RUNS`
+             runs: list[str], folder: Path) -> str:
+    "The mean of a metric over runs. ValueError for a run or metric that is not there, and for a beginning of two runs."
+    protocol, metric, named = asked.groups()
+    found = [[run for run in runs if run.startswith(start)] for start in named.split()]
+    if any(len(f) != 1 for f in found): raise ValueError(f"{asked[0]}: each must begin the name of one of the runs {', '.join(runs)}.")
+    held = [json.loads(_read(folder / f"{run}.json"))["protocols"].get(protocol, {}) for run, in found]
+    if any(metric not in h for h in held): raise ValueError(f"{asked[0]}: there are {', '.join(held[0]) or 'no such metrics'}.")
+    return mean_text([h[metric] for h in held])
+
 # %% ../../nbs/report/14_filled_numbers.ipynb #a4000008
 def number_of(source: str, # profile/notebook/number, perhaps with " | " and a format
               committed: Path, # outputs/committed
@@ -44,11 +58,12 @@ def number_of(source: str, # profile/notebook/number, perhaps with " | " and a f
     if what in result["numbers"]:
         value = result["numbers"][what]
         return value if isinstance(value, str) else f"{value:{form or '.1f'}}"
+    if runs := _RUNS.fullmatch(what): return _of_runs(runs, result["runs"], file.parent / "runs")
     row, _, column = (part.strip() for part in what.partition(";"))
     tables = [committed / profile / t for t in result["tables"] if t.endswith(".md")]
     found = next((c for t in tables if (c := _in_table(row, column, _read(t)))), None)
     if found: return found
-    raise ValueError(f"{source}: no such number; there are {', '.join(result['numbers'])}, or row; column of a table.")
+    raise ValueError(f"{source}: no such number; there are {', '.join(result['numbers'])}, ROW; COLUMN, or PROTOCOL METRIC of RUNS.")
 
 # %% ../../nbs/report/14_filled_numbers.ipynb #a4000011
 _VERDICT = "holds|hint|partly|not shown|does not hold|not tested|not run"
