@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .fit_settings import FitSettings, pair_config, train_config
-from .model import check_device, check_outside
+from .model import check_device, check_outside, check_place
 from .network import network_name, SizedUCDM
 from .pair_sheet import pair_sheet
 from .photographs import Photographs, read_photographs, sharp
@@ -143,7 +143,9 @@ def check(folder: Path | str, # of photographs
     s, classes = FitSettings(**{"on_error": "skip"} | settings), check_class_names(classes)
     device = check_device(device)
     image_files(folder)
-    if out: check_outside(out, folder)
+    if out:
+        check_outside(out, folder)
+        check_place(out, "out", folder=True)
     prior = load_prior(s.prior, device)
     found = read_photographs(folder, classes, s)
     foreign = foreign_words(prior.pipe.tokenizer, classes)

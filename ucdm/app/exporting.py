@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .model import Model
+from .model import check_place, Model
 from ..core.files import write_atomic
 from ..core.randomness import generator
 
@@ -56,10 +56,12 @@ def export(model: Model | Path | str, # a model, or what `Model.load` takes
           ) -> float: # the largest difference of a probability
     """Write a model as ONNX, once its answers are those of the original.
 
-    ImportError without the extra, RuntimeError if the answers differ by more than `TOLERANCE`, OSError if the file
+    ImportError without the extra, ValueError for a name that does not end in .onnx or a place that cannot be written, RuntimeError if the answers differ by more than `TOLERANCE`, OSError if the file
     cannot be written.
     """
     _tools()
+    if Path(onnx).suffix != ".onnx": raise ValueError(f"onnx: {onnx} must end in .onnx; give another name.")
+    check_place(onnx, "onnx")
     model = model if isinstance(model, Model) else Model.load(model, "cpu")
     content = onnx_bytes(model)
     if (found := difference(model, content)) > TOLERANCE:

@@ -7,7 +7,7 @@ __all__ = ['check_words', 'train_sized', 'split_held_out', 'pair_temperature', '
            'Job', 'fit']
 
 # %% ../../nbs/app/09_fitting.ipynb #04dc0a47
-import errno, hashlib, json, os, time
+import hashlib, json, time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .cut import answers, fit_temperature, threshold_for_rate
 from .fit_settings import deciding, FitSettings, pair_config, train_config
-from .model import check_device, check_outside, FILES, Model, without_paths
+from .model import check_device, check_outside, check_place, FILES, Model, without_paths
 from .network import network_name, SizedUCDM, starting_weights
 from .pair_sheet import pair_sheet
 from .photographs import Photographs, read_photographs, sharp
@@ -144,20 +144,12 @@ def _finished(out: Path, spec: dict, device: str | None = None) -> Model | None:
     if _decided(model.about.get("specification", {})) == _decided(spec): return model
     raise ValueError(f"out: {out} holds a model of other photographs or settings; give another name, or delete it.")
 
-# %% ../../nbs/app/09_fitting.ipynb #7c1b2a66
-def _check_writable(place: Path, what: str) -> None:
-    "ValueError for a folder inside a file, PermissionError for one that cannot be written."
-    there = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
-    if not there.is_dir(): raise ValueError(f"{what}: {there} is a file; give the name of a folder.")
-    if os.access(there, os.W_OK | os.X_OK): return
-    raise PermissionError(errno.EACCES, f"{what}: {there} cannot be written to; give --{what} a place that can.")
-
 # %% ../../nbs/app/09_fitting.ipynb #7c1b2a67
 def _check_places(folder: Path | str, out: Path, work: Path) -> None:
     "ValueError or OSError for places where nothing can or should be written."
     for place, what in ((out, "out"), (work, "work")):
         check_outside(place, folder, what)
-        if not (out / "config.json").is_file(): _check_writable(place, what)
+        if not (out / "config.json").is_file(): check_place(place, what, folder=True)
 
 # %% ../../nbs/app/09_fitting.ipynb #7c1b2a91
 def starting_note(weights: dict | None) -> dict: # the first entry of a training's history

@@ -62,9 +62,15 @@ class Labelled:
 
 # %% ../../nbs/app/01_label_files.ipynb #45538515
 def _found(name: str, places: list[Path], where: str, gone: bool) -> Path:
-    "The file that a line names. FileNotFoundError if it is in none of the places, unless it may be gone."
-    for place in places:
-        if os.path.isfile(place / name): return place / name
+    """The file that a line names.
+
+    FileNotFoundError if it is in none of the places, unless it may be gone; ValueError for two different files.
+    """
+    there = [place / name for place in places if os.path.isfile(place / name)]
+    if len({os.path.realpath(path) for path in there}) > 1:
+        both = printable(" and ".join(map(str, there)))
+        raise ValueError(f"{where}: {name!r} may be {both}; write its whole path.")
+    if there: return there[0]
     if gone: return places[0] / name
     _check_utf8(name, where)
     looked = printable(" nor in ".join(map(str, places)))
@@ -86,8 +92,8 @@ def read_labels(file: Path | str, # a CSV with the columns file and label, and m
     for n, row in label_rows(file, gone):
         where = f"labels: {file}, line {n}"
         entry = _entry(row, places, where, gone)
-        if found.setdefault(entry.path, entry).label != entry.label:
-            raise ValueError(f"{where}: {row['file']!r} has two labels; keep one of them.")
+        if (first := found.setdefault(os.path.realpath(entry.path), entry)).label != entry.label:
+            raise ValueError(f"{where}: {row['file']!r} has two labels, {first.label!r} and {entry.label!r}; keep one of them.")
     return list(found.values())
 
 # %% ../../nbs/app/01_label_files.ipynb #59517d4d

@@ -14,15 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .answer_table import Answers, check_sort_into, sort_into as copy_sorted, write_csv
-from .cut import cut_from_labels, fit_temperature, Fraction, tempered, threshold_for_rate
+from .answer_table import Answers, check_sort_into, CSV_BEGINS, sort_into as copy_sorted, write_csv
+from .cut import answers, cut_from_labels, fit_temperature, Fraction, tempered, threshold_for_rate
 from .gallery import write_page
 from .label_files import label_number, Labelled, OTHER, read_labels
-from .model import check_outside, Model
+from .model import check_outside, check_place, Model
 from .photographs import labelled_images
 from ..core.checked import checked
 from ..core.progress import say
-from ..data.image_files import head_of, kind_of
 from ..data.own_folder import FolderImages, kept_reading, read_folder
 from ..data.photographs import PhotoOptions
 
@@ -67,7 +66,9 @@ def _choose(model: Model, probs: Tensor, reject_rate, threshold, target_precisio
         why = f", for precision {target_precision:g}: {str(point).split(': ', 1)[1]}"
     if reject_rate is not None:
         threshold = short_threshold(threshold_for_rate(probs, reject_rate), probs)
-        why = f", so that {reject_rate:.0%} are rejected"
+        rejected = (answers(probs, threshold) == len(model.classes)).double().mean().item()
+        why = f", so that {rejected:.0%} are rejected"
+        if abs(rejected - reject_rate) * len(probs) >= 1: why += f" ({reject_rate:.0%} would cut through photographs of equal probability)"
     words = "UCDM's own rule" if threshold is None else f"threshold {threshold}{why}"
     return dict(probs=probs, threshold=threshold, cut=words, temperature=warm)
 
@@ -108,13 +109,15 @@ def page_folder(page: Path | str | bool | None, # True: wherever it fits
 
 # %% ../../nbs/app/12_predicting.ipynb #7c12e024
 def _check_places(folder, csv, sort_into, page, labels) -> None:
-    "ValueError for a place where the photographs or the labels are."
-    if page: check_outside(page, folder, "page")
-    if sort_into: check_outside(sort_into, folder, "sort_into")
-    if not csv or not Path(csv).is_file(): return
+    "ValueError for a place where the photographs or the labels are, anything else, or where nothing can be written."
+    for what, place in dict(page=page, sort_into=sort_into).items():
+        if not place: continue
+        check_outside(place, folder, what)
+        check_place(place, what, folder=True)
+    if csv is None: return
     if labels and Path(csv).resolve() == Path(labels).resolve():
         raise ValueError(f"csv: {csv} holds the labels; give the answers another name.")
-    if kind := kind_of(head_of(csv)): raise ValueError(f"csv: {csv} is a picture ({kind}); give the answers another name.")
+    check_place(csv, "csv", begins=CSV_BEGINS)
 
 # %% ../../nbs/app/12_predicting.ipynb #7d17c0b2
 def _check_keep(model: Model | Path | str, keep_cut: bool, *ways) -> None:

@@ -194,17 +194,30 @@ def _open(source, limit: int) -> Image.Image:
         f"UCDM_MAX_PIXELS or max_pixels to {im.width * im.height}"
     )
 
+# %% ../../nbs/data/01_images.ipynb #a7f52956
+def _check_range(values: np.ndarray, low, high) -> None: # finite ones; their ends
+    "UnusableImage for values of which some lie far from all others."
+    some = values.ravel()[:: max(1, values.size // 100_000)]
+    there = np.unique(np.concatenate([some, [low, high]])).astype(np.float64)
+    gaps = np.diff(there)
+    if len(there) < 32 or gaps.max() < 0.9 * (there[-1] - there[0]): return
+    n = int(gaps.argmax()) + 1
+    first, last = there[[0, n - 1]] if n > len(there) // 2 else there[[n, -1]] # the ends of the larger heap
+    raise UnusableImage(f"its values reach from {low:g} to {high:g}, most of them from {first:g} to {last:g} only; "
+                        "save it with 8 bits, or without the values that mean something else")
+
 # %% ../../nbs/data/01_images.ipynb #adbafba0
 def _eight_bits(im: Image.Image) -> Image.Image:
     """An image with one channel of more than 8 bits, scaled by its own range; others as they are.
 
-    UnusableImage if no value is a finite number.
+    UnusableImage if no value is a finite number, or if a few of them would leave no contrast to all others.
     """
     if im.mode[0] not in "IF": return im # Pillow reads RGB of 16 bits as RGB of 8
     levels = np.asarray(im)
     finite = levels[np.isfinite(levels)]
     if not finite.size: raise UnusableImage("none of its values is a finite number")
     low, high = finite.min(), finite.max()
+    _check_range(finite, low, high)
     levels = np.nan_to_num(levels.astype(np.result_type(levels, np.float32)), False, nan=low, posinf=high, neginf=low)
     levels -= low
     levels *= 255 / (float(high) - float(low) or 1)
