@@ -360,7 +360,8 @@ def test_metrics_are_those_of_the_paper(photos, model):
         groups[g] = torch.stack([images[r["file"].removeprefix("new/")] for r in of]), torch.tensor(number)
     def both(x): p = m.predict(x); return p[:, :2] / p[:, :2].sum(1, keepdim=True), p
     wanted = evaluate_groups(both, groups)
-    assert {k: round(found.metrics[k], 6) for k in found.metrics} == {k: round(wanted[k], 6) for k in found.metrics}
+    # other batches, other sums: probabilities differ by 1e-8
+    assert {k: found.metrics[k] for k in found.metrics} == pytest.approx({k: wanted[k] for k in found.metrics}, abs=1e-4)
     assert "dress" in found.counted_as_other or "coat" in found.counted_as_other or "bag" in found.counted_as_other
 
 

@@ -67,7 +67,9 @@ def demo_command(
     with one_line("demo"):
         from ucdm.app.demo_photos import demo, DEMO_CLASSES, LABELS_FILE
         demo(folder, photos, new, seed)
-        say(f"{photos} photographs in {folder}, {3 * new} to predict in {folder / 'new'}, whose labels are in {folder / LABELS_FILE}.")
+        there, ahead = (len(list(place.glob("photo_*"))) for place in (folder, folder / "new"))
+        say(f"{there} photographs in {folder}, {ahead} to predict in {folder / 'new'}, whose labels are in {folder / LABELS_FILE}."
+            + (" There are no more." if there < photos or ahead < 3 * new else ""))
         say(f"Next: ucdm fit {folder} {' '.join(DEMO_CLASSES)} --out model")
 
 # %% ../../nbs/app/17_cli.ipynb #bf3fa05e

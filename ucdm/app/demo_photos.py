@@ -36,14 +36,14 @@ def _encoded(image: Tensor, # uint8 [3, H, W]
     return held.getvalue()
 
 # %% ../../nbs/app/02_demo_photos.ipynb #1e08f9fa
+def _names(n: int) -> list[str]: return [f"photo_{k + 1:04}.{'png' if k % 3 == 2 else 'jpg'}" for k in range(n)]
+
+
 def _write_photos(folder: Path, images: Tensor, # uint8 [N, 3, H, W]
                  ) -> list[str]: # names of the files
     "Number the images and write them."
-    names = []
-    for n, image in enumerate(images):
-        kind, suffix = ("PNG", "png") if n % 3 == 2 else ("JPEG", "jpg")
-        names.append(f"photo_{n + 1:04}.{suffix}")
-        write_atomic(folder / names[-1], _encoded(image, kind))
+    names = _names(len(images))
+    for name, image in zip(names, images): write_atomic(folder / name, _encoded(image, "PNG" if name.endswith("png") else "JPEG"))
     return names
 
 # %% ../../nbs/app/02_demo_photos.ipynb #c732b726
@@ -68,6 +68,12 @@ def _door(folder: Path) -> None:
     if folder.is_file() or folder.is_dir() and not _begun(folder):
         raise ValueError(f"folder: {folder} is there already and holds something else; give the name of a new folder.")
 
+# %% ../../nbs/app/02_demo_photos.ipynb #72e9406a
+def _check_no_more(folder: Path, n: int) -> None:
+    "ValueError for a folder with photographs of an earlier, larger demonstration."
+    if more := sorted({p.name for p in folder.glob("photo_*")} - {*_names(n)}):
+        raise ValueError(f"folder: {folder} holds more photographs ({more[0]}) than these {n}; give the name of a new folder.")
+
 # %% ../../nbs/app/02_demo_photos.ipynb #69f6776d
 def demo(folder: Path | str, # a new folder
          photos: int = 300, # to learn from; 60 % of them are of unknown classes
@@ -76,8 +82,9 @@ def demo(folder: Path | str, # a new folder
         ) -> Path: # the folder
     """Write a folder of embedded photographs (Fashion-MNIST) to try with.
 
-    `folder` holds the unlabelled photographs, `folder/new` others, `folder/new_labels.csv` the labels of those: columns
-    file, label, group. Stopped and called again, it goes on. ValueError for a folder that holds something else.
+    `folder` holds the unlabelled photographs (fewer than asked for where there are no more), `folder/new` others,
+    `folder/new_labels.csv` the labels of those: columns file, label, group. Stopped and called again, it goes on.
+    ValueError for a folder that holds something else.
     """
     for name, value, hint in (("photos", photos, Count), ("new", new, Count), ("seed", seed, Seed)):
         checked(value, hint, name)
@@ -87,6 +94,8 @@ def demo(folder: Path | str, # a new folder
     for half in folder.rglob("photo_*.partial"): half.unlink() # which a killed call left
     train, test = (load_dataset("fashion-mnist", part) for part in ("train", "test"))
     split = cdm_split((train, test), n_seeds=photos, n_test=new, seed=seed)
+    _check_no_more(folder, len(split.seed_index))
+    _check_no_more(folder / "new", sum(len(split.test_index[g]) for g in GROUPS))
     _write_photos(folder, train.images[split.seed_index])
     rows = torch.cat([split.test_index[g] for g in GROUPS])
     groups = [g for g in GROUPS for _ in split.test_index[g]]

@@ -15,10 +15,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from .answer_table import folder_names
 from .cut import answers, Fraction
 from .label_files import label_number, Labelled, read_labels
 from .model import check_device, Model
-from .photographs import pixels_of
+from .photographs import read_labelled
 from ..core.checked import checked
 from ..data.own_folder import kept_reading, read_folder
 from ..data.photographs import PhotoOptions
@@ -74,7 +75,8 @@ def _of_folder(model: Model, labelled: Path, on_error: str, max_pixels: int | No
     found = read_folder(labelled, model.size, model.fit, model.alpha, on_error, max_pixels, kept=kept)
     if flat := [n for n in found.names if "/" not in n]:
         raise ValueError(f"labelled: {labelled / flat[0]} lies in no sub-folder; give one sub-folder a class, or a CSV.")
-    written = [n.split("/")[0] for n in found.names]
+    folders = {folder: answer for answer, folder in folder_names(model.answers).items()} # of `sort_into`
+    written = [folders.get(n.split("/")[0], n.split("/")[0]) for n in found.names]
     written = [w if w in model.classes else w.replace("_", " ") for w in written]
     return Measured(found.images, written, [""] * len(written), [f"{s.name}: {s.reason}" for s in found.skipped])
 
@@ -110,23 +112,12 @@ def evaluate(model: Model | Path | str, # a model, or what `Model.load` takes
     strangers = sorted({*written} - {*model.answers})
     return Evaluation(group_metrics(probs, numbers, groups, threshold), confusion, cut, strangers, skipped)
 
-# %% ../../nbs/app/13_evaluating.ipynb #7c1b2a82
-def _read(known: list[Labelled], options: PhotoOptions, on_error: str) -> tuple[dict[int, Tensor], list[str]]:
-    "Photographs by their position, and what cannot be read. ValueError for the first of those, unless it is skipped."
-    read, skipped = {}, []
-    for n, entry in enumerate(known):
-        try: read[n] = pixels_of(entry.path, options)
-        except ValueError as e:
-            if on_error == "stop":
-                raise ValueError(f"{e} Remove its line, or leave it out with on_error='skip'.") from None
-            skipped.append(str(e))
-    if not read: raise ValueError(f"labelled: none of {len(known)} photographs can be read; the first is {skipped[0]}")
-    return read, skipped
-
 # %% ../../nbs/app/13_evaluating.ipynb #7c1b2a83
 def _of_csv(model: Model, labelled: Path, on_error: str, max_pixels: int | None) -> Measured:
     "A CSV with the columns file and label, and maybe group."
     known = read_labels(labelled)
-    read, skipped = _read(known, PhotoOptions(model.size, model.fit, model.alpha, max_pixels), on_error)
+    read, skipped = read_labelled(known, PhotoOptions(model.size, model.fit, model.alpha, max_pixels), on_error)
+    bad = [f"{s.name}: {s.reason}" for s in skipped]
+    if not read: raise ValueError(f"labelled: none of {len(known)} photographs can be read; the first is {bad[0]}")
     kept = [known[n] for n in read]
-    return Measured(torch.stack([*read.values()]), [k.label for k in kept], [k.group for k in kept], skipped)
+    return Measured(torch.stack([*read.values()]), [k.label for k in kept], [k.group for k in kept], bad)

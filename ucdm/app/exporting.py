@@ -56,8 +56,8 @@ def export(model: Model | Path | str, # a model, or what `Model.load` takes
           ) -> float: # the largest difference of a probability
     """Write a model as ONNX, once its answers are those of the original.
 
-    ImportError without the extra, ValueError for a name that does not end in .onnx or a place that cannot be written, RuntimeError if the answers differ by more than `TOLERANCE`, OSError if the file
-    cannot be written.
+    ImportError without the extra, ValueError for a name that does not end in .onnx or a place that will not do,
+    RuntimeError if the answers differ by more than `TOLERANCE`, OSError if the file cannot be written.
     """
     _tools()
     if Path(onnx).suffix != ".onnx": raise ValueError(f"onnx: {onnx} must end in .onnx; give another name.")

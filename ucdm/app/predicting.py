@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .answer_table import Answers, check_sort_into, CSV_BEGINS, sort_into as copy_sorted, write_csv
-from .cut import answers, cut_from_labels, fit_temperature, Fraction, tempered, threshold_for_rate
+from .cut import answers, cut_from_labels, fit_temperature, Fraction, LEAST, tempered, threshold_for_rate
 from .gallery import write_page
 from .label_files import label_number, Labelled, OTHER, read_labels
 from .model import check_outside, check_place, Model
@@ -50,14 +50,18 @@ def _check_cut(reject_rate, threshold, target_precision, labels) -> None:
 
 # %% ../../nbs/app/12_predicting.ipynb #e77d37f9
 def _choose(model: Model, probs: Tensor, reject_rate, threshold, target_precision, known: list[Labelled],
-            options: PhotoOptions) -> dict: # probabilities, threshold, the cut in words, temperature: of `Answers`
+            options: PhotoOptions, on_error: str, tell: Callable,
+           ) -> dict: # probabilities, threshold, the cut in words, temperature: of `Answers`
     "The cut that was asked for, or else the model's. With labelled photographs the temperature is fitted, too."
     there, warm = probs[:0], None
     if known:
-        images, labels = labelled_images(known, model.classes, options)
+        images, labels, skipped = labelled_images(known, model.classes, options, on_error)
+        for s in skipped: tell(f"labels: left out, since it cannot be read: {s.name}: {s.reason}")
+        if len(labels) < LEAST: tell(f"labels: {len(labels)} are too few to fit the temperature, which takes {LEAST}; the model's stays")
         raw = model.predict(images)
         t = fit_temperature(raw, labels)
-        probs, there, warm = tempered(probs, t), tempered(raw, t), model.temperature * t
+        probs, there = tempered(probs, t), tempered(raw, t)
+        warm = model.temperature * t if len(labels) >= LEAST else None
     threshold = model.threshold if threshold is None else threshold
     why = ""
     if target_precision is not None:
@@ -175,7 +179,8 @@ def predict(model: Model | Path | str, # a model, or what `Model.load` takes
     with kept_reading(folder, model.size, model.fit, model.alpha, max_pixels) as kept:
         found = read_folder(folder, model.size, model.fit, model.alpha, on_error, max_pixels, kept=kept)
         probs = model.predict(found.images)
-        chosen = _choose(model, probs, reject_rate, threshold, target_precision, known, found.options)
+        asked = reject_rate, threshold, target_precision
+        chosen = _choose(model, probs, *asked, known, found.options, on_error, tell)
         a = Answers(model, found, labels=_labels_of(found, known, model.classes), **chosen)
         if strangers: tell(f"labels: of no class of this model, so they count as other: {strangers}")
         _write(a, csv, sort_into, page, tell)

@@ -12,12 +12,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
+
+from annotated_types import Interval
 
 from .answer_table import Answers, table
 from .label_files import label_rows, read_labels
-from .model import Model
+from .model import check_place, Model
 from .photographs import pixels_of
 from .predicting import predict
+from ..core.checked import checked
 from ..core.files import locked, write_atomic
 
 # %% ../../nbs/app/16_reviewing.ipynb #1b5e648d
@@ -170,14 +174,13 @@ def review_window(r: Review): # gradio.Blocks
 def check_review(file: Path | str, port: int) -> None:
     "ValueError for a CSV that holds something else, OSError for one that cannot be written or a port that is taken."
     file = Path(file)
-    if file.is_dir(): raise IsADirectoryError(f"out: {file} is a folder; give the name of a CSV in it.")
+    checked(port, Annotated[int, Interval(ge=1, le=65535)], "port")
+    check_place(file, "out", begins=file.read_bytes() if file.is_file() else b"")
     if file.exists(): read_labels(file, gone=True)
-    file.resolve().parent.mkdir(parents=True, exist_ok=True)
-    with _alone(file.resolve()): pass # where its lock can be made, it can be written
     with socket.socket() as probe:
         if os.name == "posix": probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1) # one that was just closed is free
         try: probe.bind(("127.0.0.1", port))
-        except (OSError, OverflowError) as e: raise OSError(f"port: {port} cannot be had ({e}); choose another one.") from None
+        except OSError as e: raise OSError(e.errno, f"port: {port} cannot be had ({e.strerror}); choose another one.") from None
 
 # %% ../../nbs/app/16_reviewing.ipynb #e9f13d8f
 def review(model: Model | Path | str, # a model, or what `Model.load` takes

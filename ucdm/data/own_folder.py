@@ -112,11 +112,11 @@ def _is_anothers(file: Path) -> bool:
     return writer.isdecimal() and int(writer) != os.getpid() and psutil.pid_exists(int(writer))
 
 
-def _forget(folder: Path) -> None:
+def _forget(folder: Path, all_: bool = False) -> None: # also those of others
     "Remove the blocks of a folder, half ones too, but not those of a reading that goes on; then the folder if it is empty."
     with suppress(OSError):
         for file in [*folder.glob("*.block"), *folder.glob("*.block.*.partial")]:
-            if not _is_anothers(file): file.unlink(missing_ok=True)
+            if all_ or not _is_anothers(file): file.unlink(missing_ok=True)
         folder.rmdir()
 
 # %% ../../nbs/data/13_own_folder.ipynb #4e0a1014
@@ -277,7 +277,7 @@ def _forget_old(home: Path) -> None:
     with suppress(OSError):
         for place in home.iterdir():
             ours = re.fullmatch("[0-9a-f]{16}", place.name) and place.is_dir()
-            if ours and time.time() - place.stat().st_mtime > WEEK: _forget(place)
+            if ours and time.time() - place.stat().st_mtime > WEEK: _forget(place, True)
 
 # %% ../../nbs/data/13_own_folder.ipynb #4e0a1022
 @contextmanager
