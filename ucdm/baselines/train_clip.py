@@ -215,7 +215,7 @@ def train(out: Path | str, # folder for the checkpoint and the finished model
                   images_sha256=images.fingerprint, config=asdict(config), curve=[round(x, 4) for x in curve],
                   parameters=sum(p.numel() for p in model.parameters()), seconds=round(spent[0]),
                   cpu_seconds=round(spent[1]), n_test=len(test),
-                  command=f'python -c "from ucdm.baselines.train_clip import train; train(\'clip\', prior={prior!r})"',
+                  command=f'python -c "from ucdm.baselines.train_clip import train; train(\'clip-{prior}\', prior={prior!r})"',
                   **accuracies(out / "model", test, known))
     write_atomic(out / "model" / "training.json", json.dumps(record, indent=1))
     write_card(out / "model")

@@ -55,12 +55,19 @@ def networks(fitted) -> list: # of torch.nn.Module
     return [] if part is None else networks(part)
 
 # %% ../../nbs/runs/05_provenance.ipynb #a05e0004
+def _unseen(images): # uint8, as many and as large
+    "Noise that nobody has seen: of test images some methods keep what they found, for the next run, too."
+    g = torch.Generator()
+    g.seed()
+    return torch.randint(0, 256, images.shape, dtype=torch.uint8, generator=g)
+
+
 def answering(fitted, # a classifier
               images, # uint8 [N, 3, H, W]; two at least
              ) -> dict: # deployed parameters, milliseconds an answer; nothing for what has no `predict`
     "What a fitted classifier costs to use; the first quarter of the images is for warming up."
     if not hasattr(fitted, "predict"): return {}
-    images, warm = ~images, max(1, len(images) // 4) # for negatives it keeps no answers
+    images, warm = _unseen(images), max(1, len(images) // 4)
     fitted.predict(images[:warm])
     start = time.perf_counter()
     fitted.predict(images[warm:])
