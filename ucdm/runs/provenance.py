@@ -57,6 +57,7 @@ def networks(fitted) -> list: # of torch.nn.Module
 # %% ../../nbs/runs/05_provenance.ipynb #a05e0004
 def _unseen(images): # uint8, as many and as large
     "Noise that nobody has seen: of test images some methods keep what they found, for the next run, too."
+    import torch
     g = torch.Generator()
     g.seed()
     return torch.randint(0, 256, images.shape, dtype=torch.uint8, generator=g)
