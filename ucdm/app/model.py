@@ -179,16 +179,20 @@ def check_outside(out: Path | str, # to be written
     )
 
 # %% ../../nbs/app/05_model.ipynb #7c1b2a4b
+def _start(file: Path, n: int) -> bytes: # its first bytes
+    with open(file, "rb") as f: return f.read(n)
+
+
 def check_place(place: Path | str, # to be written
                 what: str, # how to call it in the error
                 folder: bool = False, # whether it is to be a folder
-                begins: bytes = b"", # how a file begins that may be written over
+                begins: bytes = b"", # how a file begins that may be written over; b"": any may
                ) -> None:
     "ValueError for a place that is something else, or lies in a file; OSError where nothing can be written."
     place, shown = Path(place), printable(place)
     if folder and place.exists() and not place.is_dir(): raise ValueError(f"{what}: {shown} is a file; give the name of a folder.")
     if not folder and (place.is_dir() or not place.name): raise ValueError(f"{what}: {shown} is a folder; give the name of a file.")
-    if not folder and place.exists() and not (place.is_file() and place.read_bytes()[:len(begins)] in (begins, b"")):
+    if not folder and place.exists() and not (place.is_file() and _start(place, len(begins)) in (begins, b"")):
         raise ValueError(f"{what}: {shown} is there already and holds something else; give another name.")
     above = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists() and (p != place.absolute() or folder))
     if not above.is_dir(): raise ValueError(f"{what}: {printable(above)} is a file, so nothing can lie in it; give another name.")

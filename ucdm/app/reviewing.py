@@ -175,7 +175,7 @@ def check_review(file: Path | str, port: int) -> None:
     "ValueError for a CSV that holds something else, OSError for one that cannot be written or a port that is taken."
     file = Path(file)
     checked(port, Annotated[int, Interval(ge=1, le=65535)], "port")
-    check_place(file, "out", begins=file.read_bytes() if file.is_file() else b"")
+    check_place(file, "out")
     if file.exists(): read_labels(file, gone=True)
     with socket.socket() as probe:
         if os.name == "posix": probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1) # one that was just closed is free
