@@ -23,7 +23,7 @@ class RunResult:
     spec: RunSpec
     hash: str              # spec_hash(spec) when it was computed
     # batch norm at test time ("running", "group_pure", "mixed"; "running+<rule>": with that rule for "other";
-    # "last_epochs": mean over the last five epochs) -> metric -> percent
+    # "last_epochs": mean over the last five epochs; "held_out", "kept_out": judged without labels) -> metric -> percent
     protocols: dict
     # a dict a labelling round: round (from 1), selected and correct [K + 1], unlabelled (before it)
     rounds: list

@@ -80,6 +80,7 @@ def _compute(r: Resolved, folder: Path, partial: Path, root, progress: bool, fil
         judged = r.problem.validate and is_packaged(spec.prior) and not hasattr(fitted, "judge") # no classifier judges itself
         if judged and not dear:
             evaluation.protocols |= r.problem.validate(fitted, data.split, data.train, spec.prior)
+        evaluation.protocols |= getattr(fitted, "own_protocols", {})
     where |= dict(answering=answering(fitted, data.test.images[:4 if dear else 256]))
     where |= dict(
         code=code,
