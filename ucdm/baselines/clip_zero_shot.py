@@ -7,7 +7,8 @@ __all__ = ['Temperature', 'OTHER', 'ZeroShotConfig', 'model_name', 'ZeroShot', '
 
 # %% ../../nbs/baselines/24_clip_zero_shot.ipynb #e42e1f0b
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -18,8 +19,8 @@ from annotated_types import Interval
 from fastcore.basics import patch
 from torch import Tensor
 
-from .image_text_model import ImageTextModel, load_image_text_model, local_folder, model_identity
-from .image_text_model import packaged_clips
+from .image_text_model import Embeddings, ImageTextModel, load_image_text_model, local_folder
+from .image_text_model import model_identity, packaged_clips
 from .negative_words import negative_words, random_words, read_lines
 from .zero_shot_rules import closed_set, ensemble, farthest_words, mcm, mcm_score, neglabel, other_prompt
 from .zero_shot_rules import sigmoid_other
@@ -171,6 +172,15 @@ def predict(self: ZeroShot, images: Tensor, # uint8 [N, 3, H, W]
            ) -> tuple[Tensor, Tensor]: # closed [N, K] and open [N, K + 1], float32 probabilities
     "Closed-set and open-set prediction."
     return self.predict_by_rule(images)[other]
+
+# %% ../../nbs/baselines/24_clip_zero_shot.ipynb #e681329d
+@patch
+@contextmanager
+def unkept(self: ZeroShot) -> Iterator[None]:
+    "A context in which vectors of images are made anew, and are not kept."
+    kept, self.model.images = self.model.images, Embeddings()
+    try: yield
+    finally: self.model.images = kept
 
 # %% ../../nbs/baselines/24_clip_zero_shot.ipynb #15c4c2a6
 @lru_cache(maxsize=1)
