@@ -55,16 +55,23 @@ def _sizes(results: Sequence[RunResult], key: str) -> str: # key of `RunResult.s
 
 def _label(method: str) -> str: return METHOD_LABELS.get(method, method)
 
+# %% ../../nbs/report/10_settings_note.ipynb #3a4d0c0a
+def _names(spec: RunSpec) -> tuple[str, ...]: return CLASSES[HALVES.get(spec.dataset, spec.dataset)]
+
+
+def _new_among(spec: RunSpec, learnt: set[str]) -> str:
+    "Whether a run's new classes are among those that a model learnt, in words."
+    new = {_names(spec)[i] for i in class_split(spec.dataset, spec.class_split).new}
+    return "new ones included" if learnt >= new else "some new ones included" if learnt & new else "no new one"
+
 # %% ../../nbs/report/10_settings_note.ipynb #3a4d0c02
 def labels_behind(spec: RunSpec) -> str: # "" where the generator does not say
     "The labelled images that a run's generator learnt from, in words."
     record = training_record(spec.prior)
     if not record.get("n_images"): return ""
-    names, learnt = CLASSES[HALVES.get(spec.dataset, spec.dataset)], set(record["classes"])
-    new = {names[i] for i in class_split(spec.dataset, spec.class_split).new}
+    names, learnt = _names(spec), set(record["classes"])
     every = "all " if learnt >= set(names) else ""
-    included = "new ones included" if learnt >= new else "some new ones included" if learnt & new else "no new one"
-    return f"{record['n_images']:,} labelled images of {every}{len(learnt)} classes, {included}"
+    return f"{record['n_images']:,} labelled images of {every}{len(learnt)} classes, {_new_among(spec, learnt)}"
 
 # %% ../../nbs/report/10_settings_note.ipynb #0d5deef8
 def never_frozen(r: RunResult) -> bool: # of UCDM
@@ -137,11 +144,19 @@ def _note_on_tests(of: Mapping[str, Sequence[RunResult]], usual: Mapping[str, in
 def _behind_clip(r: RunResult) -> str:
     from ucdm.baselines.clip_zero_shot import model_name
     from ucdm.baselines.image_text_model import local_folder
-    name = model_name(method_config(r.spec).model, r.spec.prior)
+    config = method_config(r.spec)
+    name = model_name(config.model, r.spec.prior)
     folder = local_folder(name)
     record = json.loads((folder / "training.json").read_text(encoding="utf-8")) if folder else {}
-    if not record.get("n_images"): return f"the model is {name}, which learnt from whatever its authors took"
-    return f"their CLIP learnt from {record['n_images']:,} images with captions that name {len(record['classes'])} classes"
+    if not record.get("n_images"):
+        none = "" if config.words else "; without a file of negative `words`, the rules that need them are left out"
+        return f"the model is {name}, which learnt from whatever its authors took{none}"
+    learnt = set(record["classes"])
+    return (
+        f"their CLIP learnt from {record['n_images']:,} images with captions that name {len(learnt)} classes, "
+        + _new_among(r.spec, learnt)
+        + ("" if config.words else "; by the rule `neglabel` those that are not known are its negative words")
+    )
 
 
 def _note_on_labels(of: Mapping[str, Sequence[RunResult]]) -> str | None: # method -> its runs
