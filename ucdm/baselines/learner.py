@@ -171,9 +171,11 @@ def features(self: Learner, *views: Tensor, model: nn.Module|None=None) -> tuple
 
 # %% ../../nbs/baselines/05_learner.ipynb #15f5df2b
 @patch
-def rng(self: Learner, *purpose: str|int) -> torch.Generator:
+def rng(self: Learner, *purpose: str|int,
+        ahead: int = 0, # steps from now
+       ) -> torch.Generator:
     "A random generator for this purpose and this step alone."
-    return generator(self.config.seed, *purpose, self.epoch, self.steps)
+    return generator(self.config.seed, *purpose, self.epoch, self.steps + ahead)
 
 # %% ../../nbs/baselines/05_learner.ipynb #62973cc6
 @patch
