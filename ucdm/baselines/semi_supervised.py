@@ -7,7 +7,7 @@ __all__ = ['TOGETHER', 'CHECK_EVERY', 'FORMAT', 'draw', 'drawn', 'train_step', '
            'check_same_run', 'refresh_statistics', 'finish', 'advice', 'train', 'fit', 'register']
 
 # %% ../../nbs/baselines/06_semi_supervised.ipynb #8814c1fa
-import copy, time
+import copy, json, time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -169,8 +169,9 @@ def check_same_run(learner: Learner,
             f"{path} is of {meta['method']} on {'these' if same_images else 'other'} "
             f"images and labels, not of {learner.name} on these: {anew}"
         )
-    was = meta["config"]
-    if changed := [f"{k} was {was.get(k)!r}, is {v!r}" for k, v in asdict(learner.config).items() if was.get(k) != v]:
+    as_kept = lambda config: json.loads(json.dumps(asdict(config))) # a tuple is a list in JSON
+    was, now = as_kept(type(learner.config)()) | meta["config"], as_kept(learner.config) # what it lacks had the default
+    if changed := [f"{k} was {was[k]!r}, is {v!r}" for k, v in now.items() if was[k] != v]:
         raise ValueError(f"{path} was written with other settings ({'; '.join(changed)}): {anew}")
 
 # %% ../../nbs/baselines/06_semi_supervised.ipynb #7f7c5bea
