@@ -93,7 +93,7 @@ def compare(base: RunSpec, methods: Sequence[str],
            ) -> tuple[list[RunResult], dict[str, str]]: # results, and the methods without any, with the reason
     """All runs of a comparison with one budget, computed or read.
 
-    ValueError as `method_specs`, or if nothing is finished; RunsFailed as `ucdm.runs.many.run_many`.
+    ValueError as `method_specs`, NoneFinished as `ucdm.runs.many.finished`, RunsFailed as `ucdm.runs.many.run_many`.
     """
     ours = {**ours, **settings.get("ucdm", {})}
     specs, left_out = method_specs(base, methods, {**settings, "ucdm": ours}, **axes)
