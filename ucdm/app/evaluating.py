@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .answer_table import folder_names
 from .cut import answers, Fraction
-from .label_files import label_number, Labelled, read_labels
+from .label_files import label_number, Labelled, OTHER, read_labels
 from .model import check_device, Model
 from .photographs import read_labelled
 from ..core.checked import checked
@@ -109,7 +109,7 @@ def evaluate(model: Model | Path | str, # a model, or what `Model.load` takes
     confusion = pd.crosstab(pd.Series(written, name="label"), pd.Series(given, name="answer"))
     confusion = confusion.reindex(columns=model.answers, fill_value=0)
     cut = "UCDM's own rule" if threshold is None else f"threshold {threshold:.3f}"
-    strangers = sorted({*written} - {*model.answers})
+    strangers = sorted({w for w, n in zip(written, numbers) if n == len(model.classes) and w.casefold() != OTHER})
     return Evaluation(group_metrics(probs, numbers, groups, threshold), confusion, cut, strangers, skipped)
 
 # %% ../../nbs/app/13_evaluating.ipynb #7c1b2a83

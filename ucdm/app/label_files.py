@@ -114,7 +114,9 @@ def label_number(label: str, # as written
                 ) -> int: # 0 to K - 1, or K for "other"
     "The number of a label. ValueError for a name that is none of the classes, if `strict`."
     if label in classes: return classes.index(label)
-    if strict and label != OTHER: raise ValueError(f"labels: {nearest(label, (*classes, OTHER), 'label')}")
+    alike = [i for i, name in enumerate(classes) if name.casefold() == label.casefold()]
+    if len(alike) == 1: return alike[0]
+    if strict and label.casefold() != OTHER: raise ValueError(f"labels: {nearest(label, (*classes, OTHER), 'label')}")
     return len(classes)
 
 # %% ../../nbs/app/01_label_files.ipynb #cc8d753d

@@ -91,7 +91,8 @@ def _is_slip(a: str, b: str) -> bool:
 # %% ../../nbs/app/12_predicting.ipynb #7c12e013
 def check_labels(known: list[Labelled], classes: tuple[str, ...]) -> str: # names that count as other; "" if none do
     "Which labels are none of the classes. ValueError for one that is misspelt."
-    strangers = Counter(entry.label for entry in known if entry.label not in (*classes, OTHER))
+    def is_strange(name): return label_number(name, classes, strict=False) == len(classes) and name.casefold() != OTHER
+    strangers = Counter(entry.label for entry in known if is_strange(entry.label))
     for name in strangers:
         if meant := [c for c in classes if _is_slip(name, c)]:
             raise ValueError(
