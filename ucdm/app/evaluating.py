@@ -105,6 +105,7 @@ def evaluate(model: Model | Path | str, # a model, or what `Model.load` takes
             names = ", ".join(model.classes)
             raise ValueError(f"labelled: no photograph of {names} in {labelled}; check the labels' names.")
         probs, threshold = model.predict(images), model.threshold if threshold is None else threshold
+    written = [model.answers[n] if n < len(model.classes) else w for w, n in zip(written, numbers.tolist())]
     given = [model.answers[i] for i in answers(probs, threshold).tolist()]
     confusion = pd.crosstab(pd.Series(written, name="label"), pd.Series(given, name="answer"))
     confusion = confusion.reindex(columns=model.answers, fill_value=0)

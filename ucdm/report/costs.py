@@ -48,9 +48,10 @@ def costs_table(results: Sequence[RunResult]) -> Table: # a row a method
     frame = pd.DataFrame([dict(method=m, device=device) | cost_of(rs) for m, (device, rs) in of.items()])
     heads = dict(pairs="pairs, s", training="training, s", answer="an answer, ms", parameters="parameters")
     cells = frame.set_index(frame.method.map(method_label))[list(heads)].map(_shown).rename(columns=heads)
-    where, several = frame.device.iloc[0], frame.device.nunique() > 1
+    where, several = frame.device.iloc[0], len({r.provenance.get("device", "") for r in results}) > 1
     if several: cells["device"] = frame.device.tolist()
     begin = "Costs of each method's runs on the device that most of them used" if several else f"Costs on {where}"
     unknown = " – not recorded." if frame.answer.isna().any() else ""
-    return Table(frame, cells, f"{begin}. Runs that shared a device took longer. Pairs: of the run that found the fewest; "
-                 f"what else is a mean over the runs. An answer is for one image of a batch.{unknown}")
+    return Table(frame, cells, f"{begin}. Runs that shared a device took longer. Pairs: of the run that found the fewest, "
+                 "about 0 where all were there before; what else is a mean over the runs. An answer is for one image of a "
+                 f"batch of up to 192, of three where the generator is asked for it.{unknown}")
