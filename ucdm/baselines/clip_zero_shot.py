@@ -21,7 +21,8 @@ from torch import Tensor
 
 from .image_text_model import Embeddings, ImageTextModel, load_image_text_model, local_folder
 from .image_text_model import model_identity, packaged_clips
-from .negative_words import negative_words, random_words, read_lines
+from .negative_words import negative_words, NO_WORDNET, random_words, read_lines
+from .negative_words import WORDNET, wordnet, words_of
 from .zero_shot_rules import closed_set, ensemble, farthest_words, mcm, mcm_score, neglabel, other_prompt
 from .zero_shot_rules import sigmoid_other
 from ..core.checked import checked, Count, Seed, settings, Template
@@ -42,7 +43,7 @@ class ZeroShotConfig:
     rule: Literal["mcm", "neglabel", "random_words", "other_prompt", "sigmoid"] = "mcm" # what "other" is
     template: Template = "A photo of a {}" # prompt, {} is the class name
     templates: str = "" # packaged templates, or a file, one a line; their vectors are averaged; "": `template` alone
-    words: str = "" # file with a negative word a line; "": the class names that a small model was taught
+    words: str = "" # "wordnet", or a file with a negative word a line; "": the class names that a small model was taught
     n_words: Count = 10_000 # negative words, at most: those that are farthest from the classes
     group_size: Count = 100 # negative words a group
     other_name: str | None = None # what stands for "other" in a prompt; None: OTHER, or the empty text, see `other_texts`
@@ -75,9 +76,9 @@ def model_name(model: str, # as in the settings
     )
 
 
-def _texts_hash(*files: str | Path) -> str: # 16 hex digits; "" without files
-    "Of the texts in some files."
-    held = [read_lines(f, what) if f else [] for f, what in zip(files, ("templates", "negative words"))]
+def _texts_hash(templates: str | Path, words: str | Path) -> str: # 16 hex digits; "" without texts
+    "Of the templates and the negative words."
+    held = [read_lines(templates, "templates") if templates else [], words_of(words) if words else []]
     return hashlib.sha256(repr(held).encode()).hexdigest()[:16] if any(held) else ""
 
 # %% ../../nbs/baselines/24_clip_zero_shot.ipynb #da4b4bd0
@@ -111,7 +112,7 @@ class ZeroShot:
 
 # %% ../../nbs/baselines/24_clip_zero_shot.ipynb #e00f3946
 _RULES, _NEEDS_WORDS = ("mcm", "neglabel", "random_words", "other_prompt", "sigmoid"), {"neglabel", "random_words"}
-_LACKS = dict.fromkeys(_NEEDS_WORDS, "needs negative words: name a file of them in the setting `words`")
+_LACKS = dict.fromkeys(_NEEDS_WORDS, "needs negative words: give a file of them or 'wordnet' in the setting `words`")
 _LACKS["sigmoid"] = "is for a SigLIP, whose logits have a bias; this model is a CLIP"
 
 def _templates(config: ZeroShotConfig) -> list[str]:
@@ -199,9 +200,10 @@ def _loaded(name: str, identity: str, cache: Path | None) -> ImageTextModel:
 
 
 def _lacks(spec: RunSpec) -> str:
-    "What is missing, where no model is packaged and none is named."
-    if spec.train.get("model") or spec.prior in packaged_clips(): return ""
-    return f"a CLIP that learnt from the images of the generator {spec.prior}, or any other (its setting `model`)"
+    "What is missing: a model, where none is packaged and none is named, or WordNet, where its nouns are asked for."
+    if not (spec.train.get("model") or spec.prior in packaged_clips()):
+        return f"a CLIP that learnt from the images of the generator {spec.prior}, or any other (its setting `model`)"
+    return NO_WORDNET if spec.train.get("words") == WORDNET and wordnet() is None else ""
 
 # %% ../../nbs/baselines/24_clip_zero_shot.ipynb #8f023d5f
 @register_method("clip_zero_shot", config=ZeroShotConfig, lacks=_lacks)
@@ -210,6 +212,6 @@ def fit_clip_zero_shot(task: Task): # ZeroShot
     c, name = task.config, model_name(task.config.model, task.spec.prior)
     folder = local_folder(name)
     if folder: check_disjoint(str(folder.resolve()), task.spec.dataset)
-    words = read_lines(c.words) if c.words else learnt_classes(str(folder)) if folder else []
+    words = words_of(c.words) if c.words else learnt_classes(str(folder)) if folder else []
     model = _loaded(name, c.weights, task.cache and task.cache / "embeddings")
     return ZeroShot(model, task.classes, task.seeds.images, c, words)

@@ -211,6 +211,13 @@ def dim(self: ImageTextModel) -> int:
     config = self.model.config
     return config.projection_dim if self.bias is None else config.vision_config.hidden_size
 
+# %% ../../nbs/baselines/21_image_text_model.ipynb #5b5290a9
+@patch(as_prop=True)
+def image_tower(self: ImageTextModel) -> torch.nn.ModuleList:
+    "The part that answers are made with, once the texts have their vectors."
+    parts = dict(self.model.named_children())
+    return torch.nn.ModuleList([parts[name] for name in ("vision_model", "visual_projection") if name in parts])
+
 # %% ../../nbs/baselines/21_image_text_model.ipynb #1b19f45c
 @patch
 @torch.inference_mode()

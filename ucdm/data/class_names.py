@@ -135,14 +135,19 @@ def check_class_names(names: Sequence[str], # as someone wrote them
     return found
 
 # %% ../../nbs/data/02_class_names.ipynb #42934deb
-def _parts(text: str) -> list[str]:
-    "Its words in lower case, a plural s dropped."
-    return [w[:-1] if len(w) > 3 and w.endswith("s") and not w.endswith("ss") else w
-            for w in re.findall(r"[^\W_]+", text.lower())]
+def _singulars(word: str) -> set[str]: # with the word itself
+    "What a word in lower case may be the plural of, by its ending: horses, dresses, butterflies."
+    if len(word) < 4 or not word.endswith("s") or word.endswith("ss"): return {word}
+    forms = {word, word[:-1]}
+    if re.search("(s|x|z|ch|sh|o)es$", word): forms.add(word[:-2])
+    if word.endswith("ies"): forms.add(word[:-3] + "y")
+    return forms
 
-
+# %% ../../nbs/data/02_class_names.ipynb #7c1be0a3
 def contains_word(text: str, name: str) -> bool:
-    "Whether a text is a name, or has it in it as a whole."
-    words, wanted = _parts(text), _parts(name)
-    n, whole = len(wanted), "".join(wanted)
-    return bool(whole) and ("".join(words) == whole or any(words[i:i + n] == wanted for i in range(len(words) - n + 1)))
+    "Whether a text is a name, or has it in it as a whole; in the singular or in the plural."
+    parts = [re.findall(r"[^\W_]+", t.lower()) for t in (text, name)]
+    words, wanted = ([_singulars(w) for w in p] for p in parts)
+    joined, whole = (_singulars("".join(p)) for p in parts)
+    def at(i): return all(a & b for a, b in zip(words[i:i + len(wanted)], wanted))
+    return bool(wanted) and (bool(joined & whole) or any(at(i) for i in range(len(words) - len(wanted) + 1)))

@@ -45,7 +45,7 @@ def git_state(file: Path | None = None, # a file of the package; None: its first
     return dict(commit=git("rev-parse", "HEAD"), dirty=None if changes is None else bool(changes))
 
 # %% ../../nbs/runs/05_provenance.ipynb #a05e0002
-ANSWERING = ("ema", "model", "judge", "prior", "pipe", "components") # where a classifier keeps its networks
+ANSWERING = ("ema", "image_tower", "model", "judge", "prior", "pipe", "components") # where a classifier keeps its networks
 
 def networks(fitted) -> list: # of torch.nn.Module
     "What a fitted classifier answers with; nothing if it does not say."
