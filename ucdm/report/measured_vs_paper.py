@@ -15,6 +15,7 @@ from itertools import product
 import pandas as pd
 
 from ..data.splits import class_split
+from .comparisons import chosen_by_test
 from .intervals import covers, mean_interval, PLUS_MINUS, results_frame, RULES, spread
 from .paper import PAPER_TABLES, SLIPS
 from .style import DATASET_LABELS, METHOD_LABELS, METRIC_LABELS
@@ -165,8 +166,8 @@ def _why_unranked(method: str, results: Sequence[RunResult]) -> str:
 def _caption(frame: pd.DataFrame, results: Sequence[RunResult], table: int, methods: Sequence[str],
              unranked: Sequence[str], needs: Mapping[str, int], with_rule: bool) -> str:
     parts = [
-        f"In percent. Measured: {PLUS_MINUS}, {_count_of_runs(frame)}.{covers(results)} Paper: means of three runs, "
-        "bold and underlined as printed."
+        f"In percent. Measured: {PLUS_MINUS}, {_count_of_runs(frame)}.{covers(results)}{chosen_by_test(results)} "
+        "Paper: means of three runs, bold and underlined as printed."
     ]
     if unranked: parts.append(f"Not ranked: {'; '.join(_why_unranked(m, results) for m in unranked)}.")
     if with_rule:
