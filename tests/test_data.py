@@ -29,7 +29,7 @@ def no_network(tmp_path, monkeypatch):
     "An empty data folder; a test that tries to download fails."
     monkeypatch.setenv("UCDM_DATA", str(tmp_path / "data"))
     def refuse(*args, **kwargs): raise AssertionError(f"tried to download: {args} {kwargs}")
-    for module in (datasets, torchvision.datasets.cifar, torchvision.datasets.mnist):
+    for module in (torchvision.datasets.utils, torchvision.datasets.cifar, torchvision.datasets.mnist):
         monkeypatch.setattr(module, "download_and_extract_archive", refuse)
 
 
@@ -306,7 +306,7 @@ def test_tiny_download(tmp_path, monkeypatch):
         with zipfile.ZipFile(Path(root) / "a.zip", "w") as z:
             for p in (tmp_path / "source").rglob("*.*"): z.write(p, p.relative_to(tmp_path / "source"))
         with zipfile.ZipFile(Path(root) / "a.zip") as z: z.extractall(root)
-    monkeypatch.setattr(datasets, "download_and_extract_archive", fetch)
+    monkeypatch.setattr(torchvision.datasets.utils, "download_and_extract_archive", fetch)
     with pytest.raises(FileNotFoundError, match="tiny-imagenet could not be downloaded.*network is down.*UCDM_DATA"):
         load_dataset("tiny-imagenet")
     assert not (tmp_path / "data" / "tiny-imagenet").exists()

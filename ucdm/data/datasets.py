@@ -13,8 +13,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torchvision import datasets
-from torchvision.datasets.utils import download_and_extract_archive
 
 from ..core.checked import checked, nearest
 from ..core.files import ASSETS
@@ -36,12 +34,17 @@ IMAGES_PER_CLASS = {
 }
 
 # %% ../../nbs/data/06_datasets.ipynb #57ecbc02
-CIFAR = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
+CIFAR = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"} # data set -> torchvision's class
+
+def _cifar(dataset: str): # imported here, as torchvision's import takes two seconds
+    from torchvision import datasets
+    return getattr(datasets, CIFAR[dataset])
+
 
 def _torchvision_layout(folder: Path, dataset: str, split: str) -> ImageSet | None:
     "torchvision's CIFAR folders. ValueError if they are damaged."
     if dataset not in CIFAR: return None
-    kind = CIFAR[dataset]
+    kind = _cifar(dataset)
     def is_root(r): return (r / kind.base_folder).is_dir() and folder in (r, r / kind.base_folder)
     root = next((r for r in (folder, folder.parent) if is_root(r)), None)
     if root is None: return None
@@ -110,12 +113,13 @@ def download_dataset(dataset: str, # "cifar10", "cifar100" or "tiny-imagenet"
 
     FileNotFoundError, with what else can be done, if that fails.
     """
+    from torchvision.datasets import utils
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        if dataset in CIFAR: CIFAR[dataset](folder, download=True)
+        if dataset in CIFAR: _cifar(dataset)(folder, download=True)
         else:
             with tempfile.TemporaryDirectory(dir=folder) as tmp:
-                download_and_extract_archive(TINY_URL, tmp, md5=TINY_MD5)
+                utils.download_and_extract_archive(TINY_URL, tmp, md5=TINY_MD5)
                 (Path(tmp) / "tiny-imagenet-200").rename(folder / "tiny-imagenet-200")
     except (OSError, RuntimeError) as e:
         if not any(folder.iterdir()): folder.rmdir() # so that it does not look like a local copy

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torchvision import datasets
 
 from .class_names import CLASSES
 from .images import ImageSet
@@ -74,6 +73,7 @@ def read_idx(file: Path) -> np.ndarray: # uint8
 # %% ../../nbs/data/04_embedded.ipynb #4cd47631
 def _found_or_downloaded(root: Path | str | None) -> Path: # folder with the four official files
     "FileNotFoundError if `root` does not hold them, or they cannot be downloaded."
+    from torchvision import datasets
     folder = fashion_mnist_folder(root)
     if folder is None and root:
         raise FileNotFoundError(

@@ -9,7 +9,6 @@ __all__ = ['load_image_folder']
 from pathlib import Path
 
 import torch
-from torchvision import datasets
 
 from .image_files import image_files
 from .images import decode_images, ImageSet
@@ -25,6 +24,7 @@ def load_image_folder(root: Path | str, # root/<class>/<image>, at any depth bel
     FileNotFoundError for a missing folder or a class without images, ValueError for a corrupt image or
     one that is too large.
     """
+    from torchvision import datasets
     root = Path(root)
     if not root.is_dir(): raise FileNotFoundError(f"there is no folder {root}; check the path.")
     try: folder = datasets.ImageFolder(root)

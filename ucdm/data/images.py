@@ -22,7 +22,6 @@ from PIL import Image, ImageOps
 from fastcore.basics import patch
 from matplotlib.figure import Figure
 from torch import Tensor
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from ..core.checked import nearest
@@ -126,6 +125,7 @@ def show(self: ImageSet,
          rows: int = 12, # at most
         ) -> Figure:
     "A row of images for each class that has some; rows of whatever comes first if there are no labels."
+    from torchvision.utils import make_grid # torchvision's import takes two seconds
     classes = sorted(set(self.labels.tolist()) - {-1})[:rows]
     groups = [self.images[self.labels == c][:n] for c in classes] if classes else list(self.images[:n * rows].split(n))
     height = self.images.shape[-2] + 2
