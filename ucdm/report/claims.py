@@ -218,6 +218,7 @@ def aged(checks: Sequence[dict], # parts of a claim, as stored
     "What is out of date in a stored result."
     said = []
     if any("outcome" not in c for c in checks):
-        said.append("Its parts were judged by an earlier rule: a lead of more than its standard error counted as one that holds.")
+        said.append("Its parts were judged by an earlier rule: a lead of more than its standard error counted as one that holds, "
+                    "one as far below as one that does not.")
     if stale: said.append(f"{stale} of {runs} runs were computed by code that has changed since in what it computes.")
     return said

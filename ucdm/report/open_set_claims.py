@@ -45,6 +45,13 @@ def _hardest(duels: Sequence[tuple], score: float, where: str) -> str:
     rule = f" with {RULES[protocol]}" if protocol in RULES else ""
     return f"{where}: {score:.1f} against {b:.1f} of {METHOD_LABELS.get(m, m)}{rule} ({lead})"
 
+# %% ../../nbs/report/13_open_set_claims.ipynb #3ecfb9b0
+def _rows_met(duels: Mapping, by: str) -> str: # value -> what `_duels` gives
+    "Which rows UCDM was compared with, a sentence."
+    met = {v: ", ".join(METHOD_LABELS.get(m, m) for _, m, *_ in of) or "none" for v, of in duels.items()}
+    if len(set(met.values())) == 1: return f"The other rows: {next(iter(met.values()))}."
+    return "The other rows: " + "; ".join(f"{_say(v, by)}: {rows}" for v, rows in met.items()) + "."
+
 # %% ../../nbs/report/13_open_set_claims.ipynb #3ecfb9a9
 def _highest(results: Sequence[RunResult], by: str, at: Mapping, everywhere: str) -> Check:
     duels = {v: _duels(results, by, v) for v in at}
@@ -54,11 +61,10 @@ def _highest(results: Sequence[RunResult], by: str, at: Mapping, everywhere: str
     # where there is nothing to compare with, the claim is not tested
     leads = [lead for v in at for lead in [d[-1] for d in duels[v]] or [difference(pd.Series(), pd.Series())]]
     return compared(
-        f"UCDM's balance score is the highest of all rows at {everywhere}, floor, ceiling and its own "
-        "generator among them (not the classifier of the generator's labels), whichever rule the others say "
-        "\"other\" by (the better one by these test images, which favours them).",
+        f"UCDM's balance score is the highest of all rows at {everywhere} (not counting the classifier of the generator's "
+        "labels), whichever rule the others say \"other\" by (the better one by these test images, which favours them).",
         leads,
-        "; ".join(evidence) + ".",
+        "; ".join(evidence) + f". {_rows_met(duels, by)}",
         central=True,
     )
 
