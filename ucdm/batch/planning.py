@@ -60,7 +60,8 @@ def _asks_generator(r: Resolved) -> bool: # whether it classifies with the gener
 
 def own_evaluations(r: Resolved, n_test: int, n_known: int) -> int:
     "Network evaluations of a run beside its pairs: those of a method that classifies with the generator."
-    return n_test * (n_known + 1) * r.config.draws if _asks_generator(r) else 0
+    if not _asks_generator(r): return 0
+    return n_test * (r.config.evaluations(n_known) if hasattr(r.config, "evaluations") else (n_known + 1) * r.config.draws)
 
 # %% ../../nbs/batch/10_planning.ipynb #a1d24504
 @dataclass
