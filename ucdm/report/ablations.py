@@ -52,7 +52,7 @@ def run_variants(base: RunSpec, variants: Mapping[str, Mapping], # name -> overr
         specs = {name: [s for s in own if s in there] for name, own in specs.items()}
         if lacking := [name for name, own in specs.items() if not own]:
             raise ValueError(
-                f"nothing is finished yet of {', '.join(lacking)}: compute a run of each first, with "
+                f"nothing is finished yet of {', '.join(map(str, lacking))}: compute a run of each first, with "
                 "finished_only=False and one seed."
             )
     results = iter(run_many(sum(specs.values(), []), cache, engine))
