@@ -38,17 +38,22 @@ def _duels(results: Sequence[RunResult], by: str, value) -> list[tuple]:
     best = [(m, *best_protocol(results, m, **{by: value})) for m in rivals]
     return [(b, m, p, difference(ours, _scores(results, by, value, m, p))) for m, b, p in best if b == b]
 
+# %% ../../nbs/report/13_open_set_claims.ipynb #4f43301c
+def _named(method: str) -> str: # in a sentence
+    name, *more = METHOD_LABELS.get(method, method).split(", ", 1)
+    return f"{name} ({more[0]})" if more else name
+
 # %% ../../nbs/report/13_open_set_claims.ipynb #4f43301a
 def _hardest(duels: Sequence[tuple], score: float, where: str) -> str:
     worst = every(lead.outcome for *_, lead in duels)
     b, m, protocol, lead = max((d for d in duels if d[3].outcome == worst), key=lambda d: d[0])
     rule = f" with {RULES[protocol]}" if protocol in RULES else ""
-    return f"{where}: {score:.1f} against {b:.1f} of {METHOD_LABELS.get(m, m)}{rule} ({lead})"
+    return f"{where}: {score:.1f} against {b:.1f} of {_named(m)}{rule} ({lead})"
 
 # %% ../../nbs/report/13_open_set_claims.ipynb #3ecfb9b0
 def _rows_met(duels: Mapping, by: str) -> str: # value -> what `_duels` gives
     "Which rows UCDM was compared with, a sentence."
-    met = {v: ", ".join(METHOD_LABELS.get(m, m) for _, m, *_ in of) or "none" for v, of in duels.items()}
+    met = {v: ", ".join(_named(m) for _, m, *_ in of) or "none" for v, of in duels.items()}
     if len(set(met.values())) == 1: return f"The other rows: {next(iter(met.values()))}."
     return "The other rows: " + "; ".join(f"{_say(v, by)}: {rows}" for v, rows in met.items()) + "."
 
