@@ -145,7 +145,8 @@ def show_list(batch: Batch) -> None:
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 _HELP = """Run the experiment notebooks and collect tables, figures and one summary page.
 
-Each notebook of `nbs/experiments/` is a table or a figure of the paper. A *profile* decides how large they are:
+Each notebook of `nbs/experiments/` is a table or a figure of the paper, or an experiment beyond it. A *profile*
+decides how large they are:
 
 - `smoke`: every notebook with tiny budgets, to see that it runs (minutes)
 - `quick`: small grids on the embedded data, the numbers mean something (about half an hour on 2 cores, with `--jobs 2`)

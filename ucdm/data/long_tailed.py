@@ -58,7 +58,7 @@ class LongTail:
         if self.merge is not None and self.merge not in MERGED: raise ValueError(nearest(self.merge, MERGED, "merged set"))
 
 # %% ../../nbs/data/09_long_tailed.ipynb #9cf1830e
-_CIFAR = dict( # CIFAR-100's superclasses, merged further; the other ten classes stand alone
+_CIFAR = dict( # CIFAR-100's superclasses, merged further, its people in two; flowers and trees stand alone
     mammals="beaver dolphin otter seal whale bear leopard lion tiger wolf camel cattle chimpanzee elephant kangaroo "
             "fox porcupine possum raccoon skunk hamster mouse rabbit shrew squirrel",
     household="bottle bowl can cup plate clock keyboard lamp telephone television bed chair couch table wardrobe",

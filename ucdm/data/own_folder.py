@@ -99,7 +99,7 @@ def _marks(paths: Sequence[Path], options: PhotoOptions) -> list[str]: # "" for 
         return hashlib.sha256(what).hexdigest()[:32]
     with ThreadPoolExecutor() as pool: return list(pool.map(mark, paths))
 
-# %% ../../nbs/data/13_own_folder.ipynb #4e0a1013
+# %% ../../nbs/data/13_own_folder.ipynb #4e0a1f13
 def _blocks_in(folder: Path) -> list[Path]:
     "The blocks of a folder; none of one that may not be looked into."
     try: return sorted(folder.glob("*.block"))

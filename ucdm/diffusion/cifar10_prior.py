@@ -80,7 +80,7 @@ ROOT = typer.Option(
     None, help="a local copy of CIFAR-10; by default it is looked for, or downloaded through torchvision"
 )
 Size = Enum("Size", {s: s for s in SIZES})
-SIZE = typer.Option("small", help="of the UNet: small (7.6 million parameters) or large (27 million, for a GPU)")
+SIZE = typer.Option("small", help="of the UNet: small (7.6 million parameters), or for a GPU medium (9.4 million) or large (27 million)")
 EXTRA = typer.Option(
     [], help="widen the prior's world by another data set (fashion-mnist, cifar100, tiny-imagenet); may be repeated"
 )

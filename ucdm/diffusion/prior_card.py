@@ -65,8 +65,8 @@ def _fractions(record: dict) -> str:
     rare, common = (f"1/{sum(counts) / n:.0f}" for n in (min(counts), max(counts)))
     return (
         f"A class is {rare if rare == common else f'{rare} to {common}'} of this world: the share of erased "
-        "images that an exact generator would leave in the class, with the paper's guidance and ever more "
-        "steps. The notebook pair_quality measures how many this one leaves."
+        "images that an exact generator would leave in the class, with guidance 1, without fresh noise, from "
+        "pure noise and with ever more steps. The notebook pair_quality measures how many this one leaves."
     )
 
 # %% ../../nbs/diffusion/08_prior_card.ipynb #8d1daf59

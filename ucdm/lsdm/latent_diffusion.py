@@ -51,7 +51,7 @@ class Denoiser(nn.Module):
 @settings
 class DiffusionConfig(StageTwoConfig):
     "How the denoiser is trained. TypeError or ValueError names a field whose value makes no sense."
-    check_every: int = 2000 # a look samples 512 latents in 20 steps
+    check_every: int = 2000 # a look samples 512 latents in 20 steps, twice
 
 def schedule() -> DDIMScheduler:
     "The noise levels of training and sampling: Stable Diffusion's."

@@ -105,7 +105,7 @@ def spread(x: Tensor, # conditions
 
 # %% ../../nbs/lsdm/05_matching.ipynb #7620c676
 class Checks(NamedTuple):
-    "How generated latents compare with real ones; 1, 1, 0, 0 would be perfect."
+    "How generated latents compare with real ones; 1, 1, 0, 0 would be perfect, for numbers with less sensitivity."
     spread: float # distance of two generated latents of one label, over that of real ones
     sensitivity: float # the same for two latents of the very same condition
     mean_shift: float # largest distance of a label's generated mean from its real mean, over the spread
@@ -158,7 +158,7 @@ def check_collapse(checks: Checks,
                    least: float = 0.5, most: float = 2.0, # of the spread; least = 0 accepts anything
                    where: str = "the training", # for the message
                   ) -> None:
-    "Collapsed, with what to change, unless the spread (for numbers, in `least`, the sensitivity too) is within bounds."
+    "Collapsed, with what to change, unless the spread is within bounds and for numbers the sensitivity at least 0.05."
     if not least: return
     anyway = "to look at it all the same, set collapse_below=0."
     wide = f"two generated latents of one label are {checks.spread:.3g} times as far apart as real ones"

@@ -108,10 +108,14 @@ def descend(self: StageTwo, name: str, # of the network
 # %% ../../nbs/lsdm/06_training.ipynb #c441f053
 @patch
 def save(self: StageTwo) -> None:
-    "Write the run to its checkpoint, all or nothing. OSError if it cannot be written; the old one is then whole."
+    """Write the run to its checkpoint, all or nothing.
+
+    OSError if it cannot be written, FloatingPointError for weights that are not finite; the old one is then whole.
+    """
     tensors = {f"net/{k}/{n}": t for k, net in self.nets.items() for n, t in net.state_dict().items()}
     tensors |= {f"adam/{k}/{n}": t for k, o in self.optimisers.items() for n, t in optimizer_tensors(o).items()}
     tensors |= {f"ema/{i}": t for i, t in enumerate(self.ema.shadow_params)}
+    if not all(t.isfinite().all() for t in tensors.values()): self._not_finite("the weights are not finite")
     position = dict(step=self.step, steps=self.steps, history=self.history, losses=self.losses, seconds=self.seconds,
                     averaged=self.ema.optimization_step)
     write_tensors(self.checkpoint, tensors, dict(format="ucdm lsdm training 1", identity=self.identity, **position))

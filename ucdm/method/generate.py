@@ -273,7 +273,7 @@ def _generate(
     images: str, classes: list[str], store: Path, prior: str, config: PairConfig, first: int | None, size: int,
     batch_size: int | None, load
 ) -> None:
-    "What the command does, once its options are read. All is checked before the first file is written."
+    "What the command does, once its options are read. Names, steps, prompts and images are checked before the first file."
     names, own = check_class_names(classes), Path(images).is_dir()
     if not own and images not in CLASSES:
         raise FileNotFoundError(f"there is no folder {images}, and {nearest(images, CLASSES, 'data set')}")

@@ -52,8 +52,8 @@ def read_ids(file: Path) -> list[int]:
 
 # %% ../../nbs/method/22_store_commands.ipynb #85cd5c5e
 SEEDS_HELP = (
-    "How many seed images there should be, where their ids are 0, 1, ...: the stores of "
-    "`python -m ucdm.method.generate`."
+    "How many seed images there should be, where their ids are 0, 1, ...; not for the stores of "
+    "`python -m ucdm.method.generate`, whose ids are hashes of the pixels."
 )
 IDS_HELP = (
     "A file with the ids that there should be, one a line or a JSON list: in a batch's cache they are positions in "

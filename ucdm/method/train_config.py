@@ -33,7 +33,7 @@ class TrainConfig:
     batch_size: Count=32 # seed images (or labelled real images) a batch and set
     lr: Annotated[float, Interval(gt=0, lt=math.inf)]=5e-3 # learning rate of Adam, constant
     lambda1: Weight=1. # weight of Eq. 13
-    lambda2: Weight=2. # weight of Eq. 14 and 15; `ucdm.method.losses.LAMBDA_2` has it for every data set
+    lambda2: Weight=2. # weight of Eq. 14 and 15; `ucdm.method.losses.LAMBDA_2` has it for the data sets
     delta: Annotated[float, Interval(ge=0, le=1)]=0.98 # confidence for a pseudo-label
     flip: bool=True # flip each image of a batch left-right with probability 1/2
     # not the generated ones, which were flipped or not when they were stored (reference code: True)

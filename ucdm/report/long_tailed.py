@@ -107,9 +107,10 @@ def long_tail_note(results: Sequence[RunResult]) -> Markdown:
     sizes += " to ".join(f"{n:,}" for n in dict.fromkeys((spent[0], spent[-1]))) + f" {kind_of_budget}"
     seeds = sorted({r.spec.seed for r in results})
     devices = sorted({r.provenance["device"] for r in results if "device" in r.provenance})
+    draws = "each seed draws its own images" if spec.split_seed is None else "all draw the same images"
     lines = [f"**{DATASET_LABELS.get(spec.dataset, spec.dataset)}**, {K} classes: {kind}"
              + (" (and others)" if len(several) > 1 else "") + f"; {_images(results)}. {sizes}.",
-             f"{len(results)} runs with the random seeds {', '.join(map(str, seeds))}; each seed draws its own images. "
+             f"{len(results)} runs with the random seeds {', '.join(map(str, seeds))}; {draws}. "
              f"Computed on: {'; '.join(devices)}."]
     return Markdown("\n\n".join(lines))
 

@@ -22,13 +22,9 @@ def _say(value, by: str) -> str: return f"{value:.0%}" if by == "mismatch" else 
 
 def _scores(results: Sequence[RunResult], by: str, value, method: str = "ucdm", protocol: str = "running",
             metric: str = "balance") -> pd.Series: # by random seed
-    return pd.Series(
-        {
-            r.spec.seed: (r.protocols[protocol] if protocol in RULES else r.metrics)[metric]
-            for r in results
-            if r.spec.method == method and getattr(r.spec, by) == value
-        }
-    )
+    def of(r): return r.metrics if protocol == "running" else r.protocols.get(protocol)
+    chosen = [r for r in results if r.spec.method == method and getattr(r.spec, by) == value]
+    return pd.Series({r.spec.seed: of(r)[metric] for r in chosen if of(r)})
 
 # %% ../../nbs/report/13_open_set_claims.ipynb #ee07f808
 def _duels(results: Sequence[RunResult], by: str, value) -> list[tuple]:
@@ -47,7 +43,7 @@ def _named(method: str) -> str: # in a sentence
 def _hardest(duels: Sequence[tuple], score: float, where: str) -> str:
     worst = every(lead.outcome for *_, lead in duels)
     b, m, protocol, lead = max((d for d in duels if d[3].outcome == worst), key=lambda d: d[0])
-    rule = f" with {RULES[protocol]}" if protocol in RULES else ""
+    rule = "" if protocol == "running" else f" with {RULES.get(protocol, protocol.removeprefix('running+'))}"
     return f"{where}: {score:.1f} against {b:.1f} of {_named(m)}{rule} ({lead})"
 
 # %% ../../nbs/report/13_open_set_claims.ipynb #3ecfb9b0

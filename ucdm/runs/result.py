@@ -48,10 +48,9 @@ class RunResult:
         return self.protocols[wanted]
 
     def _repr_markdown_(self):
-        rows = [
-            f"| {name} | " + " | ".join(f"{v:.1f}" for v in m.values()) + " |" for name, m in self.protocols.items()
-        ]
-        heads = list(self.protocols["running"])
+        heads = list(dict.fromkeys(k for m in self.protocols.values() for k in m))
+        def cells(m): return " | ".join(f"{m[k]:.1f}" if k in m else "–" for k in heads)
+        rows = [f"| {name} | {cells(m)} |" for name, m in self.protocols.items()]
         table = "\n".join([f"| batch norm | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}", *rows])
         took = f"{human_time(sum(self.provenance['seconds'].values()))} on {self.provenance['device']}"
         return f"**{self.spec}** (`{self.hash}`)\n\n{table}\n\n{took}"
