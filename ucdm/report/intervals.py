@@ -49,6 +49,8 @@ def covers(results: Iterable[RunResult]) -> str:
     if len({r.spec.seed for r in results}) < 2: return ""
     if len({r.spec.draw for r in results}) < 2:
         return " Runs differ in their training alone: images, labels and pairs are the same."
+    if {r.spec.problem for r in results} == {"long_tailed"}: # without seed images and pairs
+        return " Runs differ in images, in test images where not all are taken, labels and training."
     shares = {f"{r.seeds['n'] / r.spec.n_pool:.0%}" for r in results if r.spec.n_pool and "n" in r.seeds}
     pool = f" Two runs share about {' or '.join(sorted(shares))} of their seed images, and those have the same pairs."
     return " Runs differ in seed images, in test images where not all are taken, labels, pairs and training." + (pool if shares else "")
