@@ -200,7 +200,7 @@ def paper_value(
     return found.value.item()
 
 # %% ../../nbs/report/01_paper.ipynb #703821c9
-ROUNDING = 0.05 + 0.05 * math.sqrt(4 / 3) + 0.05
+ROUNDING = 0.05 / 3 + 0.05 * math.sqrt(4 / 3) + 0.05
 
 def recomputed_balance() -> (
     pd.DataFrame
