@@ -535,6 +535,7 @@ def test_damaged_blocks_are_removed(many, tmp_path, read, monkeypatch):
     data = first.read_bytes()
     for spoilt in (data[:-10], data[:-10] + bytes(10), b"", b"no block"):
         first.write_bytes(spoilt)
+        for again in {*kept.glob("*.block")} - {*blocks}: again.unlink() # what a slow machine kept in the last turn
         read.clear()
         same(read_folder(many, kept=kept), whole)
         assert read and not first.exists()
