@@ -58,9 +58,9 @@ udal alpha_min=0.6      | 73.2  75.3* -    -    .
 
 # %% ../../nbs/report/15_longtail_printed.ipynb #08de002f
 _C1 = """
-fixmatch   | 79.4 66.2 59.9
-crest      | 83.7 75.4 63.9
-crest_plus | 84.5 77.7 67.5
+fixmatch   | 79.4±0.98 66.2±0.83 59.9±0.44
+crest      | 83.7±0.40 75.4±1.62 63.9±0.67
+crest_plus | 84.5±0.41 77.7±1.22 67.5±1.36
 """
 
 # %% ../../nbs/report/15_longtail_printed.ipynb #c0a1d931
@@ -196,7 +196,7 @@ _SOURCES = [ # table, tag, source, item, subject, spread, precision of the readi
     ("U2", "P", _UDAL, "Table 2", "labelled fraction and imbalance", "5 folds", 0.05),
     ("U3", "P", _UDAL, "Table 3", "CIFAR-10, DARP's protocol", "folds not said", 0.05),
     ("U4", "P", _UDAL, "Table 4, Figure 1", "ImageNet-127, by epochs", "not printed", 0.05),
-    ("C1", "C", "google-research/crest", "README", "CIFAR-10, 10 % labelled", "not printed", 0.05),
+    ("C1", "C", "google-research/crest", "README", "CIFAR-10, 10 % labelled", "5 folds", 0.05),
     ("A1", "S", _ADELLO, "table", "ImageNet-127, small images", "not printed", 0.05),
     ("A2", "F", _ADELLO, "curve", "label shift, CIFAR-100", "not read", 0.1),
     ("A3", "F", _ADELLO, "scatter plot", "error and calibration", "not read", 0.1),
