@@ -110,8 +110,8 @@ def ece(open_probs: Tensor, # probabilities over K + 1 answers [N, K + 1]
        ) -> float: # percent
     "Expected calibration error of the K + 1-way prediction (l1, bins of equal width)."
     from torchmetrics.functional.classification import multiclass_calibration_error
-    n = open_probs.shape[1]
-    return multiclass_calibration_error(open_probs, labels, num_classes=n, n_bins=n_bins, norm="l1").item() * 100
+    n, probs = open_probs.shape[1], open_probs.clamp(0, 1) # beyond that torchmetrics takes them for logits
+    return multiclass_calibration_error(probs, labels, num_classes=n, n_bins=n_bins, norm="l1").item() * 100
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #4ef52b09
 CURVE_POINTS = 101

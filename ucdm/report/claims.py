@@ -136,8 +136,8 @@ def _by_chance(checks: Sequence[Check]) -> str:
     compared = [c for c in checks if c.p is not None and not math.isnan(c.p)]
     if len(compared) < 2: return ""
     return (
-        f"\n\n{len(compared)} parts rest on paired differences: without any difference, {LEVEL * len(compared):.2g} of them would hold "
-        "by chance. They are corrected for that (Holm)."
+        f"\n\n{len(compared)} parts rest on paired differences: without any difference, on average at most "
+        f"{LEVEL * len(compared):.2g} of them would hold by chance. They are corrected for that (Holm)."
     )
 
 
