@@ -23,7 +23,7 @@ def batch_memory(prior: Prior, n: int, config: PairConfig, kinds: Sequence[str] 
     images = torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(n, 3, prior.image_size, prior.image_size)
     with torch.compiler.set_stance("force_eager"), PeakMemory() as memory:
         for latents in generate_batch(
-            prior, images, list(range(n)), [""] * n, replace(config, steps=1, inversion="eq6", prompts={}), kinds
+            prior, images, list(range(n)), [""] * n, replace(config, steps=1, positive_steps=None, inversion="eq6", prompts={}), kinds
         ):
             prior.decode(latents)
     further_steps = (config.steps - 1) * len(kinds) * n * torch.Size(prior.latent_shape).numel() * 4

@@ -30,6 +30,7 @@ from ..data.datasets import load_dataset
 from ..data.own_folder import load_unlabelled
 from ..data.images import content_ids, ImageSet
 from ..diffusion.captions import check_prompts
+from ..diffusion.kept_features import check_keeps_features
 from ..diffusion.prior import load_prior, Prior
 from ..diffusion.schedule import grid_pair
 from .batch_size import find_batch_size
@@ -44,10 +45,12 @@ def evaluations(n_pairs: int, config: PairConfig, kinds: Sequence[str] = KINDS) 
     """Network evaluations for `n_pairs` pairs.
 
     A sampling step of a positive takes two, one of a negative one. A negative that starts at its seed image takes one
-    (or two, guided) more for each step of the inversion; the iterations of the implicit inversion are not counted.
+    (or two, guided) more for each step of the inversion; the iterations of the implicit inversion are not counted. One
+    with kept deep features counts as one.
     """
     up = 0 if config.negative_from == "noise" else 1 if config.inversion_guidance == 1 else 2
-    return n_pairs * config.steps * sum(dict(positive=2, negative=1 + up)[kind] for kind in kinds)
+    each = dict(positive=2 * config.steps_of("positive"), negative=(1 + up) * config.steps)
+    return n_pairs * sum(each[kind] for kind in kinds)
 
 # %% ../../nbs/method/09_generate.ipynb #0ec75ee4
 def images_per_shard(batch_size: int, # pairs in a batch
@@ -196,7 +199,9 @@ def fill_stores(
 def check_generator(prior: Prior, names: Sequence[str], # of classes
                     config: PairConfig) -> None:
     "ValueError for steps or prompts that will not do with a generator; a warning for names it has no words for."
+    if config.positive_sampler == "ddim": grid_pair(prior.schedule, config.steps_of("positive"), config.grid)
     grid_pair(prior.schedule, config.steps, config.grid)
+    if config.deep_every > 1: check_keeps_features(prior.pipe.unet)
     check_prompts(prior, names, [prompt for n in names for prompt in config.prompts_of(n)])
 
 # %% ../../nbs/method/09_generate.ipynb #6a68cca0

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from ..core.randomness import item_noise
 from ..diffusion.inversion import invert, NoisePredictor, reverse
+from ..diffusion.kept_features import keeping_features
 from ..diffusion.prior import Prior
 from ..diffusion.schedule import add_noise, Grid, grid_pair, guided
+from ..diffusion.solvers import solve, solver
 from .pairs import flip_items, item_prompt, KINDS, PairConfig
 
 # %% ../../nbs/method/07_pair_latents.ipynb #60bcafad
@@ -42,12 +44,21 @@ def _encode(prior, images, ids, names, config) -> Tensor: # latents, float32 [B,
     return prior.encode(images, pair_noise(prior, config, ids, names, "encode")[0] if config.sample_latents else None)
 
 # %% ../../nbs/method/07_pair_latents.ipynb #225bd20f
+def _is_solved(kind, config) -> bool: return kind == "positive" and config.positive_sampler != "ddim"
+
+def _solver(prior, config): return solver(prior.pipe.scheduler.config, config.positive_sampler, config.steps_of("positive"))
+
+def _steps(kind, config) -> int: # of DDIM; what is solved needs none, and gets those of the inversion
+    return config.steps if _is_solved(kind, config) else config.steps_of(kind)
+
 def _grids(kind, prior, config, top) -> Iterator[Grid]: # for inversion, for sampling
     if kind not in KINDS: raise ValueError(f"kind={kind!r} is unknown; choose 'positive' or 'negative'.")
-    if top is not None and not 1 <= top <= config.steps:
-        raise ValueError(f"top={top} must be a step of the inversion, 1 to {config.steps}.")
-    n = (top or config.steps) + 1
-    grids = grid_pair(prior.schedule, config.steps, config.grid, config.clean)
+    steps = _steps(kind, config)
+    if top is not None and not 1 <= top <= steps: raise ValueError(f"top={top} must be a step of the inversion, 1 to {steps}.")
+    if top is not None and _is_solved(kind, config):
+        raise ValueError(f"top={top} is for DDIM; positive_sampler={config.positive_sampler!r} goes all the way.")
+    n = (top or steps) + 1
+    grids = grid_pair(prior.schedule, steps, config.grid, config.clean)
     return (Grid(g.timesteps[:n], g.alpha_bar[:n]) for g in grids)
 
 # %% ../../nbs/method/07_pair_latents.ipynb #1b100e3d
@@ -56,7 +67,9 @@ def _start(kind, prior, x_0, ids, names, config, prompts, up, down) -> Tensor: #
     noise = lambda purpose: pair_noise(prior, config, ids, names, purpose)[0]
     if kind == "positive":
         forward = noise("forward")
-        return forward if config.positive_from == "noise" else add_noise(x_0, forward, down.alpha_bar[-1])
+        if config.positive_from == "noise": return forward
+        if not _is_solved(kind, config): return add_noise(x_0, forward, down.alpha_bar[-1])
+        return add_noise(x_0, forward, prior.schedule.alpha_bar[_solver(prior, config).timesteps[0]].item())
     if config.negative_from == "noise": return noise("start")
     return invert(predictor(prior, prompts, config.inversion_guidance), x_0, up, config.inversion)
 
@@ -89,8 +102,12 @@ def starting_latents(kind: str, # "positive" or "negative"
 # %% ../../nbs/method/07_pair_latents.ipynb #ce85aff2
 def _sample(predict, x_T, kinds, ids, names, config, prior, down, eta) -> Tensor: # float32, like x_T
     "DDIM sampling with each item's own fresh noise; `x_T` holds the items once for each of the kinds."
-    fresh = torch.cat([pair_noise(prior, config, ids, names, kind, config.steps) for kind in kinds], 1)
+    fresh = torch.cat([pair_noise(prior, config, ids, names, kind, config.steps_of(kind)) for kind in kinds], 1)
     return reverse(predict, x_T, down, eta, lambda i: fresh[i - 1])
+
+def _solve(prior, x_T, prompts, config) -> Tensor: # float32, like x_T
+    "Positives by a solver, guided by their prompts."
+    return solve(predictor(keeping_features(prior, config.deep_every), prompts, config.guidance), x_T, _solver(prior, config))
 
 # %% ../../nbs/method/07_pair_latents.ipynb #f3f50eef
 @torch.inference_mode()
@@ -110,7 +127,10 @@ def sample_from(kind: str, # "positive" or "negative"
     else: prompts, guidance = [""] * len(names), 1.0
     eta, made = getattr(config, f"eta_{kind}"), []
     for part in _slices(len(ids), batch_size):
-        predict = predictor(prior, prompts[part], guidance)
+        if _is_solved(kind, config):
+            made.append(_solve(prior, x_T[part], prompts[part], config))
+            continue
+        predict = predictor(keeping_features(prior, config.deep_every), prompts[part], guidance)
         made.append(_sample(predict, x_T[part], [kind], ids[part], names[part], config, prior, down, eta))
     return torch.cat(made)
 
@@ -127,6 +147,17 @@ def _predict_kinds(prior, kinds, prompts, guidance) -> NoisePredictor: # for the
         return torch.cat([mixed(kind) for kind in kinds])
     return predict
 
+# %% ../../nbs/method/07_pair_latents.ipynb #63bd9134
+def _made(kinds, prior, x_0, ids, names, config, prompts) -> list[Tensor]: # latents, one entry a kind
+    "Kinds that are sampled on the same levels."
+    up, down = grid_pair(prior.schedule, _steps(kinds[0], config), config.grid, config.clean)
+    x_T = torch.cat([_start(kind, prior, x_0, ids, names, config, prompts, up, down) for kind in kinds])
+    if _is_solved(kinds[0], config): return [_solve(prior, x_T, prompts, config)]
+    eta = torch.tensor([getattr(config, f"eta_{kind}") for kind in kinds]).repeat_interleave(len(ids))
+    predict = _predict_kinds(keeping_features(prior, config.deep_every), kinds, prompts, config.guidance)
+    made = _sample(predict, x_T, kinds, ids, names, config, prior, down, eta[:, None, None, None])
+    return list(made.split(len(ids)))
+
 # %% ../../nbs/method/07_pair_latents.ipynb #63bd9135
 @torch.inference_mode()
 def generate_batch(prior: Prior, images: Tensor, # uint8 [B, 3, H, W], the seed image of each item
@@ -136,10 +167,6 @@ def generate_batch(prior: Prior, images: Tensor, # uint8 [B, 3, H, W], the seed 
                    kinds: Sequence[str] = KINDS, # what to make
                   ) -> list[Tensor]: # latents, float32 [B, *latent_shape], one entry a kind
     "Positives (Eq. 1, then Eq. 2) and negatives (Eq. 6, then Eq. 8) in latent space."
-    up, down = grid_pair(prior.schedule, config.steps, config.grid, config.clean)
     x_0, prompts = _encode(prior, images, ids, names, config), _prompts(config, ids, names)
-    x_T = torch.cat([_start(kind, prior, x_0, ids, names, config, prompts, up, down) for kind in kinds])
-    eta = torch.tensor([getattr(config, f"eta_{kind}") for kind in kinds]).repeat_interleave(len(ids))
-    predict = _predict_kinds(prior, kinds, prompts, config.guidance)
-    made = _sample(predict, x_T, kinds, ids, names, config, prior, down, eta[:, None, None, None])
-    return list(made.split(len(ids)))
+    groups = [[kind] for kind in kinds] if config.apart else [kinds]
+    return [x for together in groups for x in _made(together, prior, x_0, ids, names, config, prompts)]

@@ -49,6 +49,12 @@ class PairConfig:
     flip_seed_images: bool = field(default=False, metadata=dict(before=False))
     # flip each generated image at random when it is stored
     flip_once: bool = field(default=False, metadata=dict(before=False))
+    # what samples positives; solvers beside DDIM add no fresh noise
+    positive_sampler: Literal["ddim", "dpm++", "unipc"] = field(default="ddim", metadata=dict(before="ddim"))
+    # sampling steps of positives; None: as many as `steps`
+    positive_steps: Count | None = field(default=None, metadata=dict(before=None))
+    # sampling steps that share the deep features of the UNet
+    deep_every: Count = field(default=1, metadata=dict(before=1))
 
     def __post_init__(self):
         if not self.templates: raise ValueError("template=() holds no prompt; give at least one.")
@@ -59,6 +65,17 @@ class PairConfig:
 
     @property
     def templates(self) -> tuple[str, ...]: return (self.template,) if isinstance(self.template, str) else self.template
+
+# %% ../../nbs/method/02_pairs.ipynb #0b7de602
+@patch
+def steps_of(self: PairConfig, kind: str) -> int:
+    "Sampling steps of positives, or of negatives."
+    return self.positive_steps or self.steps if kind == "positive" else self.steps
+
+@patch(as_prop=True)
+def apart(self: PairConfig) -> bool:
+    "Whether positives are sampled on other levels than negatives, or in another way."
+    return self.positive_sampler != "ddim" or self.steps_of("positive") != self.steps
 
 # %% ../../nbs/method/02_pairs.ipynb #33ab3b5d
 PRESETS = dict(
@@ -83,7 +100,7 @@ def preset(cls: PairConfig,
 KINDS = ("positive", "negative")
 # what concerns one kind only
 CONCERNS = dict(
-    positive=("guidance", "eta_positive", "positive_from"),
+    positive=("guidance", "eta_positive", "positive_from", "positive_sampler", "positive_steps"),
     negative=("eta_negative", "inversion_guidance", "negative_from", "inversion"),
 )
 
