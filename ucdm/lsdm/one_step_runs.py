@@ -73,7 +73,8 @@ def load_named(name: str) -> OneStepPrior:
 
 # %% ../../nbs/lsdm/14_one_step_runs.ipynb #c3ee900f
 FIXED = PRESETS["one_step"] | dict(inversion_guidance=1.0, inversion="eq6", sample_latents=False, flip_seed_images=False,
-                                   grid="matched", clean_level="one", positive_sampler="ddim", positive_steps=None, deep_every=1) # what settings of pairs have to be
+                                   grid="matched", clean_level="one", positive_sampler="ddim", positive_steps=None,
+                                   deep_every=1) # what settings of pairs have to be
 
 def check_named(name: str, config: PairConfig, classes: list[str]) -> None: # names of the known classes
     "ValueError, or FileNotFoundError, for pairs that this generator cannot make."
