@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['FURTHER_INPUTS', 'with_deep_features', 'from_deep_features', 'check_keeps_features', 'KeptFeatures',
-           'keeping_features']
+           'compiled_halves', 'keeping_features']
 
 # %% ../../nbs/diffusion/12_kept_features.ipynb #d1200005
+from collections.abc import Callable
 from copy import copy
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import nn, Tensor
 
+from ..core.device import compiled
 from .prior import Prior
 
 # %% ../../nbs/diffusion/12_kept_features.ipynb #d1200008
@@ -53,25 +56,57 @@ def check_keeps_features(unet) -> None:
 # %% ../../nbs/diffusion/12_kept_features.ipynb #d1200011
 class KeptFeatures:
     "A UNet for one batch that is sampled step by step: the whole of it at every n-th call, from the first on."
-    def __init__(self, unet: UNet2DConditionModel, every: int): # ValueError for another kind of UNet
-        check_keeps_features(unet)
-        self.unet, self.every, self.calls, self.kept = unet, every, 0, None
+    def __init__(self, whole: Callable, # x, t, embeddings -> prediction, deep features
+                 part: Callable, # deep features, x, t, embeddings -> prediction
+                 every: int):
+        self.whole, self.part, self.every, self.calls, self.kept = whole, part, every, 0, None
 
     def __call__(self, x: Tensor, t: Tensor, embeddings: Tensor): # as a UNet
-        if self.calls % self.every == 0: eps, self.kept = with_deep_features(self.unet, x, t, embeddings)
-        else: eps = from_deep_features(self.unet, self.kept, x, t, embeddings)
+        if self.calls % self.every == 0: eps, self.kept = self.whole(x, t, embeddings)
+        else: eps = self.part(self.kept, x, t, embeddings)
         self.calls += 1
         return SimpleNamespace(sample=eps)
+
+# %% ../../nbs/diffusion/12_kept_features.ipynb #d1200102
+class _Whole(nn.Module):
+    def __init__(self, unet):
+        super().__init__()
+        self.unet, self.seen = unet, None
+        unet.up_blocks[-1].resnets[-1].register_forward_pre_hook(self._see)
+
+    def _see(self, _, given): self.seen = given[0]
+
+    def forward(self, x, t, embeddings):
+        prediction = self.unet(x, t, embeddings).sample
+        return prediction, self.seen[:, :-self.unet.conv_in.out_channels]
+
+# %% ../../nbs/diffusion/12_kept_features.ipynb #d1200103
+class _Part(nn.Module):
+    def __init__(self, unet):
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, kept, x, t, embeddings): return from_deep_features(self.unet, kept, x, t, embeddings)
+
+# %% ../../nbs/diffusion/12_kept_features.ipynb #d1200104
+def compiled_halves(unet: UNet2DConditionModel,
+                    **options, # of `torch.compile`
+                   ) -> tuple[compiled, compiled]: # `with_deep_features` and `from_deep_features`, but for their first argument
+    "Both halves of a UNet, compiled for each shape of batch when it first comes."
+    return tuple(compiled(half(unet), dynamic=False, **options) for half in (_Whole, _Part))
 
 # %% ../../nbs/diffusion/12_kept_features.ipynb #d1200014
 def keeping_features(prior: Prior,
                      every: int, # sampling steps for which deep features serve; 1: the prior itself
                     ) -> Prior: # for one batch, sampled from its first step to the last
-    """A prior that computes the deep part of its UNet at every n-th prediction. It is not compiled.
+    """A prior that computes the deep part of its UNet at every n-th prediction.
 
     ValueError for a UNet that is not built as Stable Diffusion's.
     """
     if every == 1: return prior
-    fast = copy(prior)
-    fast.unet = KeptFeatures(prior.pipe.unet, every)
+    unet, fast = prior.pipe.unet, copy(prior)
+    check_keeps_features(unet)
+    if not prior.fixed_shapes: halves = partial(with_deep_features, unet), partial(from_deep_features, unet)
+    elif not (halves := vars(prior).get("_halves")): halves = prior._halves = compiled_halves(unet) # once for all batches
+    fast.unet = KeptFeatures(*halves, every)
     return fast
