@@ -74,6 +74,7 @@ bench: $(READY) ## speeds on this machine
 	$(BIN)/python -m ucdm.dev.bench $(ARGS)
 	$(BIN)/python -m ucdm.dev.bench_store
 	$(BIN)/python -m ucdm.dev.bench_reading
+	$(BIN)/python -m ucdm.dev.cost_curves
 
 lock: ## requirements.lock from settings.ini; ARGS=--upgrade takes the newest versions
 	@$(uv); UV_CUSTOM_COMPILE_COMMAND="make lock" $$uv pip compile -q --universal --python-version 3.10 \
