@@ -32,6 +32,7 @@ class FitSettings:
     prior: str = "fashion-mnist" # the generator: a packaged one, a folder, or an id of the hub
     size: Side = 32 # side to which photographs are brought, in pixels
     profile: Literal[tuple(PROFILES)] = "quick" # how long to train
+    preset: Literal["paper", "varied"] = "paper" # how the generator is asked for pairs
     fit: Literal["crop", "pad", "squash"] = "crop" # how a photograph becomes a square
     alpha: Literal["white", "grey", "black"] = "white" # what shows behind transparent parts
     on_error: Literal["stop", "skip"] = "stop" # at a photograph that cannot be read
@@ -51,8 +52,8 @@ def deciding(settings: dict, # of a `FitSettings`
 
 # %% ../../nbs/app/06_fit_settings.ipynb #38dbb010
 def pair_config(s: FitSettings) -> PairConfig:
-    "How pairs are generated: the paper's settings (Table 16)."
-    return PairConfig(seed=s.seed)
+    "How pairs are generated: by the paper's settings (Table 16), or from noise with little guidance."
+    return PairConfig.preset(s.preset, seed=s.seed)
 
 # %% ../../nbs/app/06_fit_settings.ipynb #ccd17d0f
 def train_config(s: FitSettings) -> TrainConfig:

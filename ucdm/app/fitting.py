@@ -9,7 +9,7 @@ __all__ = ['check_words', 'train_sized', 'split_held_out', 'pair_temperature', '
 # %% ../../nbs/app/09_fitting.ipynb #04dc0a47
 import hashlib, json, time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -36,6 +36,7 @@ from ..method.batch_norm import affine_frozen, freeze_batch_norm
 from ..method.checkpoint import _check_run, data_fingerprint, restore_optimizer
 from ..method.generate import generate_pairs
 from ..method.pair_store import PairSet
+from ..method.pairs import PairConfig
 from ..method.pseudo_labels import other_driven
 from ..method.train_state import new_state, TrainData, TrainState
 from ..method.training import _check_data, _remedy, _run
@@ -124,8 +125,11 @@ def specification(found: Photographs, classes: Sequence[str], prior: Prior, s: F
 
 # %% ../../nbs/app/09_fitting.ipynb #7c1b2a60
 def _decided(spec: dict) -> str:
-    "A specification as text, without what decides nothing. Those of earlier versions held more fields."
-    return canonical({k: v for k, v in spec.items() if k != "hash"} | dict(settings=deciding(spec.get("settings", {}))))
+    "A specification as text, without what decides nothing. Those of earlier versions held other fields."
+    settings = deciding({"preset": "paper"} | spec.get("settings", {}))
+    before = {f.name: f.metadata["before"] for f in fields(PairConfig) if "before" in f.metadata}
+    pairs = before | spec.get("pairs", {})
+    return canonical({k: v for k, v in spec.items() if k != "hash"} | dict(settings=settings, pairs=pairs))
 
 # %% ../../nbs/app/09_fitting.ipynb #7c1b2a64
 def _of_a_writer(name: str) -> bool:
@@ -172,7 +176,7 @@ def _about(job: "Job", started: str, seconds: float, calls: list[dict]) -> dict:
     before = f" in the last of {len(own)} calls" if len(own) > 1 else ""
     return dict(
         photos=len(found), labelled=int((found.labels >= 0).sum()), skipped=len(found.skipped),
-        prior=without_paths(prior.name), prior_learnt=learnt_classes(prior.name), profile=s.profile, seed=s.seed,
+        prior=without_paths(prior.name), prior_learnt=learnt_classes(prior.name), profile=s.profile, preset=s.preset, seed=s.seed,
         weights=started, duration=human_time(seconds) + before,
         specification=job.spec, calls=calls,
     ) | {k: v for k, v in own[-1].items() if k not in ("fit", "pairs")} | dict(started=own[0]["started"])

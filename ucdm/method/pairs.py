@@ -81,6 +81,10 @@ def apart(self: PairConfig) -> bool:
 PRESETS = dict(
     paper={}, # Table 16
     strong_erasure=dict(steps=50, inversion_guidance=1.5, eta_negative=0.0), # for a prior that knows few classes
+    # positives that vary as real images do, see how_much_guidance
+    varied=dict(
+        positive_from="noise", negative_from="noise", guidance=2.0, positive_sampler="dpm++", positive_steps=10
+    ),
     # for a generator of one evaluation, which starts from noise
     one_step=dict(
         steps=1, guidance=1.0, eta_positive=0.0, eta_negative=0.0, positive_from="noise", negative_from="noise"
