@@ -45,8 +45,9 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="
 def _about():
     """Classify your own photographs without labels.
 
-    Give a folder of photographs and the names of some classes. A text-to-image model adds each class to the
-    photographs and erases it; a classifier learns from these pairs to tell the classes apart, and to answer "other".
+    Give a folder of photographs and the names of some classes. A text-to-image model makes pairs of images, with
+    each class and without it; a classifier learns from them to tell the classes apart, and to answer "other", and from
+    photographs that it is sure about.
 
     Try it: `ucdm demo photos`, then `ucdm fit photos T-shirt trouser --out model`, then
     `ucdm predict model photos/new --csv answers.csv --page`.
@@ -83,8 +84,8 @@ ALPHA = typer.Option("white", help="what shows behind transparent parts: white, 
 ON_ERROR = typer.Option("stop", help="at a photograph that cannot be read: stop, or skip it and say why")
 MAX_PIXELS = typer.Option(None, help="pixels of a photograph, at most [default: 89 million]", show_default=False)
 DEVICE = typer.Option(None, help="cuda, mps or cpu [default: the best that is there]", show_default=False)
-PRESET = typer.Option("paper", help="how the generator makes pairs: paper (by the paper's settings), or varied (from noise, "
-                      "with little guidance: quicker)")
+PRESET = typer.Option("varied", help="how the generator makes pairs: varied (from noise, with little guidance), or paper "
+                      "(from each photograph, by the paper's settings)")
 UNKNOWN = typer.Option(False, "--unknown-words", help="go on although a small generator has no word for a class")
 LABELS = typer.Option(None, help="a CSV with the columns file (as below the folder) and label (a class, or other), if you "
                       "have a few labels", show_default=False)

@@ -234,7 +234,7 @@ def _note_call(job: Job) -> list[dict]: # the calls that worked on this model or
 def _pairs(job: Job, progress: bool) -> PairSet:
     "The pairs of all photographs; what the folder holds is not made again."
     n = len(job.found) * len(job.classes)
-    job.tell(f"{n:,} pairs, a class added to a photograph and erased from it, into {job.pairs_folder}")
+    job.tell(f"{n:,} pairs, an image with a class and one without, into {job.pairs_folder}")
     images = ImageSet(job.found.images, torch.full((len(job.found),), -1), job.classes)
     return generate_pairs(
         job.prior, images, job.classes, pair_config(job.s), store=job.pairs_folder, progress=progress
