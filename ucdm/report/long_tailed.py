@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['long_tail_spec', 'trained', 'under', 'crossed', 'uncrossed', 'frame_by_setting', 'values_of', 'shift_name',
-           'long_tail_note', 'quoted_from', 'supervised_passes', 'as_many_passes']
+           'long_tail_note', 'quoted_from', 'supervised_passes', 'as_many_passes', 'pseudo_label_frame']
 
 # %% ../../nbs/report/17_long_tailed.ipynb #dcc7ef37
 import math
@@ -12,11 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 
 import pandas as pd
+import torch
 from IPython.display import Markdown
 
 from ..core.checked import nearest
 from ..data.long_tailed import LongTail
+from ..evaluation.long_tailed_metrics import third_means
 from .ablations import variants_frame
+from .intervals import covers
 from .longtail_printed import columns, printed
 from .style import DATASET_LABELS
 from ..runs.registry import get_method, get_problem, METHODS
@@ -137,3 +140,20 @@ def as_many_passes(settings: Mapping) -> dict: # settings of supervised learning
     "A budget for supervised learning with as many image passes as FixMatch has."
     if settings.get("image_passes") is not None: return {}
     return dict(iterations=settings["iterations"] * (1 + 2 * settings.get("ratio", 7)))
+
+# %% ../../nbs/report/17_long_tailed.ipynb #19b00002
+def pseudo_label_frame(found: Mapping[str, Sequence[RunResult]], # variant -> runs with the counts of `pseudo_label_counts`
+                      ) -> pd.DataFrame: # variant, seed, metric ("kept, head", ...), value in percent
+    "By thirds of the classes, in the order of their labels; what cannot be had is left out."
+    rows = []
+    for variant, r in ((v, r) for v, results in found.items() for r in results if r.curves.get("pseudo")):
+        by_class = {k: torch.tensor(n, dtype=torch.double) for k, n in r.curves["pseudo"].items()}
+        n = {k: third_means(x, torch.tensor(r.curves["labelled"])) for k, x in by_class.items()}
+        for name, part, whole in (("kept", "kept", "true"), ("precision", "right", "named")):
+            rows += [
+                dict(variant=variant, seed=r.spec.seed, metric=f"{name}, {third}", value=100 * n[part][third] / n[whole][third])
+                for third in n[whole] if n[whole][third]
+            ]
+    frame = pd.DataFrame(rows, columns=["variant", "seed", "metric", "value"])
+    frame.attrs["covers"] = covers([r for results in found.values() for r in results])
+    return frame
