@@ -25,8 +25,8 @@ from .spec import RunSpec
 # %% ../../nbs/runs/10_engine.ipynb #5a91bdb7
 class Engine:
     "Who computes. A subclass fills pools and computes runs."
-    def announce(self, specs: Sequence[RunSpec]) -> None:
-        "Called with a list of runs before anything else is done about it."
+    def announce(self, specs: Sequence[RunSpec]) -> list[RunResult] | None:
+        "Called with a list of runs before anything else is done about it. What it returns takes the place of results."
 
     def fill(self, r: Resolved, data: RunData, folders: dict[str, Path], # kind -> pool
              bars: bool = False) -> dict: # kind -> ucdm.method.pair_store.PairStore

@@ -71,7 +71,7 @@ def run_many(specs: Sequence[RunSpec],
     be computed.
     """
     specs = list(specs)
-    engine.announce(specs)
+    if (instead := engine.announce(specs)) is not None: return instead
     resolved = [resolve(s, root) for s in specs]
     hashes, runs = [r.hash for r in resolved], cache_folder(cache) / "runs" # finds every bad specification
     todo = {h for h in hashes if fresh or not (runs / f"{h}.json").exists()}
