@@ -33,6 +33,7 @@ from ..diffusion.captions import check_prompts
 from ..diffusion.kept_features import check_keeps_features
 from ..diffusion.prior import load_prior, Prior
 from ..diffusion.schedule import grid_pair
+from ..diffusion.solvers import solver
 from .batch_size import find_batch_size
 from .pair_latents import generate_batch
 from .pair_store import PairSet, PairStore
@@ -44,12 +45,13 @@ COMPILE_FROM = 60_000 # network evaluations from which compiling pays
 def evaluations(n_pairs: int, config: PairConfig, kinds: Sequence[str] = KINDS) -> int:
     """Network evaluations for `n_pairs` pairs.
 
-    A sampling step of a positive takes two, one of a negative one. A negative that starts at its seed image takes one
-    (or two, guided) more for each step of the inversion; the iterations of the implicit inversion are not counted. One
-    with kept deep features counts as one.
+    A sampling step of a positive takes two, or one by a solver at guidance 1; one of a negative takes one. A negative
+    that starts at its seed image takes one (or two, guided) more for each step of the inversion; the iterations of the
+    implicit inversion are not counted. One with kept deep features counts as one.
     """
     up = 0 if config.negative_from == "noise" else 1 if config.inversion_guidance == 1 else 2
-    each = dict(positive=2 * config.steps_of("positive"), negative=(1 + up) * config.steps)
+    down = 1 if config.guidance == 1 and config.positive_sampler != "ddim" else 2
+    each = dict(positive=down * config.steps_of("positive"), negative=(1 + up) * config.steps)
     return n_pairs * sum(each[kind] for kind in kinds)
 
 # %% ../../nbs/method/09_generate.ipynb #0ec75ee4
@@ -200,6 +202,7 @@ def check_generator(prior: Prior, names: Sequence[str], # of classes
                     config: PairConfig) -> None:
     "ValueError for steps or prompts that will not do with a generator; a warning for names it has no words for."
     if config.positive_sampler == "ddim": grid_pair(prior.schedule, config.steps_of("positive"), config.grid)
+    else: solver(prior.pipe.scheduler.config, config.positive_sampler, config.steps_of("positive"))
     grid_pair(prior.schedule, config.steps, config.grid)
     if config.deep_every > 1: check_keeps_features(prior.pipe.unet)
     check_prompts(prior, names, [prompt for n in names for prompt in config.prompts_of(n)])

@@ -167,6 +167,7 @@ def generate_batch(prior: Prior, images: Tensor, # uint8 [B, 3, H, W], the seed 
                    kinds: Sequence[str] = KINDS, # what to make
                   ) -> list[Tensor]: # latents, float32 [B, *latent_shape], one entry a kind
     "Positives (Eq. 1, then Eq. 2) and negatives (Eq. 6, then Eq. 8) in latent space."
-    x_0, prompts = _encode(prior, images, ids, names, config), _prompts(config, ids, names)
+    prompts, needs_image = _prompts(config, ids, names), any(getattr(config, f"{kind}_from") == "seed" for kind in kinds)
+    x_0 = _encode(prior, images, ids, names, config) if needs_image else None
     groups = [[kind] for kind in kinds] if config.apart else [kinds]
     return [x for together in groups for x in _made(together, prior, x_0, ids, names, config, prompts)]
