@@ -104,6 +104,11 @@ def test_another_model_is_not_overwritten(photos, model):
     assert (model / "config.json").read_bytes() == before and not (model.parent / "elsewhere").exists()
 
 
+def test_a_model_of_other_pairs_says_which(photos, model):
+    status, _, wrong = ucdm("fit", photos, *CLASSES, "--out", model, "--preset", "paper")
+    assert status == 2 and "holds a model made with --preset varied; give that, or another name" in wrong
+
+
 def test_stopped_in_the_middle_it_goes_on(photos, model, tmp_path, monkeypatch):
     "Stopped after an epoch, the next call ends with the weights of a fit that nothing stopped."
     run = ucdm_app.fitting._run

@@ -145,7 +145,12 @@ def _finished(out: Path, spec: dict, device: str | None = None) -> Model | None:
         if all(_of_a_writer(p.name) for p in out.iterdir()): return None
         raise ValueError(f"out: {out} holds something else; give the name of a new folder.")
     model = Model.load(out, device)
-    if _decided(model.about.get("specification", {})) == _decided(spec): return model
+    there = model.about.get("specification", {})
+    if _decided(there) == _decided(spec): return model
+    preset = there.get("settings", {}).get("preset", "paper") # of earlier versions
+    as_there = spec | dict(settings=spec.get("settings", {}) | dict(preset=preset), pairs=there.get("pairs", {}))
+    if _decided(there) == _decided(as_there):
+        raise ValueError(f"out: {out} holds a model made with --preset {preset}; give that, or another name, or delete it.")
     raise ValueError(f"out: {out} holds a model of other photographs or settings; give another name, or delete it.")
 
 # %% ../../nbs/app/09_fitting.ipynb #7c1b2a67
