@@ -18,10 +18,15 @@ import torch
 
 from .dry_run import dry_run, DryRun, Sizes, sizes_only
 from .profiles import Job
-from ..baselines.learner import KEEP
+from ..baselines.fixmatch import FixMatch
+from ..baselines.learner import answers, KEEP
+from ..baselines.semi_supervised import TOGETHER, train_epoch
+from ..baselines.supervised import Supervised
 from ..core.batching import AdaptiveBatches
 from ..core.device import is_out_of_memory
 from ..core.progress import human_time
+from ..core.randomness import generator
+from ..data.images import ImageSet
 from ..diffusion.prior import load_prior
 from ..evaluation.metrics import BATCH_NORM_PROTOCOLS
 from ..method.batch_size import find_batch_size
@@ -74,6 +79,7 @@ class Network:
     width: int
     precision: str
     images: int # a step
+    ratio: int | None = None # unlabelled images a step for each labelled one, of a compared method; None: UCDM's loop
 
     def __str__(self): return f"WideResNet-{self.depth}-{self.width}"
 
@@ -81,8 +87,11 @@ def network_of(r: Resolved, n_known: int) -> Network | None: # None for a run wi
     "The network that a run trains."
     c = r.config
     if not all(hasattr(c, k) for k in ("depth", "width", "batch_size", "precision")): return None
-    views = 2 * n_known if hasattr(c, "epochs_per_round") else 1 if r.spec.method.startswith("supervised") else 1 + 2 * c.ratio
-    return Network(c.depth, c.width, c.precision, views * c.batch_size)
+    if hasattr(c, "epochs_per_round"): ratio, views = None, 2 * n_known
+    else:
+        ratio = 0 if r.spec.method.startswith("supervised") else c.ratio
+        views = 1 + 2 * ratio
+    return Network(c.depth, c.width, c.precision, views * c.batch_size, ratio)
 
 # %% ../../nbs/batch/10_planning.ipynb #a4013302
 def answered_images(r: Resolved, n: int, # unlabelled images
@@ -260,9 +269,30 @@ def _generation(plan: Plan, rate: float | None) -> str:
     hours = human_time(plan.evaluations / rate)
     return f"generation         {hours} on one device at {rate:,.0f} evaluations a second ({source})"
 
+# %% ../../nbs/batch/10_planning.ipynb #10d70001
+def _loop_rates(network: Network) -> tuple[float, float]: # as `network_rates`
+    "Of FixMatch, or of supervised learning for a ratio of 0: the second of two short epochs."
+    cls, g = FixMatch if network.ratio else Supervised, generator(0, "rates")
+    B = max(1, network.images // (1 + 2 * network.ratio))
+    steps = max(2, min(TOGETHER // B, 4000 // network.images)) # whole rounds of views that are made together, if cheap
+    config = cls.Config(
+        depth=network.depth, width=network.width, precision=network.precision, batch_size=B, ratio=max(1, network.ratio),
+        labels_per_class=None, epochs=2, image_passes=2 * steps * network.images,
+    )
+    n = max(256, B * (1 + network.ratio))
+    images = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=g)
+    learner = cls(ImageSet(images, torch.arange(n) % 2, ("class 0", "class 1"), "random"), config)
+    train_epoch(learner)
+    entry = train_epoch(learner)
+    answers(learner, images)
+    began = time.perf_counter()
+    answers(learner, images)
+    return entry["images"] / entry["seconds"], n / (time.perf_counter() - began)
+
 # %% ../../nbs/batch/10_planning.ipynb #0858cf96
 def network_rates(network: Network) -> tuple[float, float]: # images a second, in training and answered
     "Measured on this machine with random images."
+    if network.ratio is not None: return _loop_rates(network)
     config = TrainConfig(depth=network.depth, width=network.width, precision=network.precision,
                          batch_size=max(1, round(network.images / 4))) # two classes
     rates = measured_training_rate(config, n_known=2, iterations=4)
