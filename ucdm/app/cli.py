@@ -29,6 +29,7 @@ def one_line(command: str):
     said = set() # a warning is shown once
     with warnings.catch_warnings():
         warnings.simplefilter("always")
+        for of_developers in (DeprecationWarning, PendingDeprecationWarning): warnings.simplefilter("ignore", of_developers)
         warnings.showwarning = lambda message, *_: str(message) in said or said.add(str(message)) or show(message)
         try: yield
         except BAD_INPUT as e: status, error = 2, e
