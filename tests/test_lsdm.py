@@ -38,7 +38,7 @@ def test_coupling_against_its_dual(n, m):
 
 def test_coupling_against_pot():
     "Python Optimal Transport, where it is installed, says the same."
-    ot = pytest.importorskip("ot", reason="POT is optional; the dual above is checked everywhere")
+    ot = pytest.importorskip("ot", reason="POT is not installed; the dual above is checked everywhere")
     for cost in (cost_of(*sizes) for sizes in SIZES):
         assert optimal_coupling(cost).mean(cost).item() == pytest.approx(ot.emd2([], [], cost.numpy()), abs=1e-10)
 
