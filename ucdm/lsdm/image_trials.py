@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['ONE_STEP', 'ELSEWHERE', 'STAGE_ONE', 'STAGE_TWO', 'REGRESSION', 'MEASURES', 'balanced_rows', 'TrialImages',
-           'trial_images', 'nearest_distance', 'image_measures', 'Trial', 'address', 'Trials', 'mirror', 'read_trained',
+           'trial_images', 'nearest_distance', 'image_measures', 'Trial', 'address', 'Trials', 'read_trained',
            'sample_latents', 'bound_terms']
 
 # %% ../../nbs/lsdm/13_image_trials.ipynb #cb94fa73
@@ -110,7 +110,6 @@ class Trial:
     d: Count = 64 # numbers of a latent
     autoencoder: dict | None = None # fields of `AutoencoderConfig`; None: PCA
     training: dict = field(default_factory=dict) # fields of the method's settings
-    mirrored: bool = False # every image of a training once more, left and right exchanged
 
     def __post_init__(self):
         kind = dict(diffusion=DiffusionConfig, regression=StageTwoConfig).get(self.method, GeneratorConfig)
@@ -167,30 +166,11 @@ class Trials:
                 self.computed.append(f"{kind} {at}")
         return read() if found is None else found
 
-# %% ../../nbs/lsdm/13_image_trials.ipynb #3e1a0001
-def mirror(images: Tensor, # [N, ..., W]
-          ) -> Tensor: # [2N, ..., W]
-    "Each image, and then its mirror image."
-    return torch.stack([images, images.flip(-1)], 1).flatten(0, 1)
-
-# %% ../../nbs/lsdm/13_image_trials.ipynb #3e1a0002
-@patch
-def pairs(self: Trials, trial: Trial) -> ImageSet:
-    "What stage 2 of a trial learns from."
-    of = self.images.paired(trial.fraction)
-    return ImageSet(mirror(of.images), of.labels.repeat_interleave(2), of.classes) if trial.mirrored else of
-
-@patch
-def seen(self: Trials, trial: Trial) -> Tensor: # uint8 [N, 3, H, W]
-    "What stage 1 learns from."
-    y = self.images.stage_one(trial.fraction, trial.unpaired)
-    return mirror(y) if trial.mirrored else y
-
 # %% ../../nbs/lsdm/13_image_trials.ipynb #4fea5629
 @patch
 def space_address(self: Trials, trial: Trial) -> str:
     "Where the latent space of a trial is kept."
-    config, seen = trial.stage_one(self.images.seed), self.seen(trial)
+    config, seen = trial.stage_one(self.images.seed), self.images.stage_one(trial.fraction, trial.unpaired)
     return address(dict(what="latent space", images=tensors_hash(dict(y=seen)), d=trial.d, seed=self.images.seed,
                         config=config and asdict(config)), STAGE_ONE)
 
@@ -198,7 +178,7 @@ def space_address(self: Trials, trial: Trial) -> str:
 def space(self: Trials, trial: Trial) -> LatentSpace:
     "The latent space of a trial; errors as in `fit_pca` and `fit_autoencoder`."
     at, config = self.space_address(trial), trial.stage_one(self.images.seed)
-    folder, y = self.folder / at, self.seen(trial)
+    folder, y = self.folder / at, self.images.stage_one(trial.fraction, trial.unpaired)
     def read(): return LatentSpace.load(folder, self.device) if (folder / "config.json").is_file() else None
     def compute():
         checkpoint = self.folder / f"{at}.checkpoint"
@@ -228,7 +208,7 @@ def read_trained(file: Path, device: str | None = None) -> Trained | None: # Non
 @patch
 def net_address(self: Trials, trial: Trial) -> str:
     "Where the trained network of a trial is kept."
-    config, pairs = trial.stage_two(self.images.seed), self.pairs(trial)
+    config, pairs = trial.stage_two(self.images.seed), self.images.paired(trial.fraction)
     images = tensors_hash(dict(y=pairs.images, x=self.conditions(pairs)))
     return address(dict(what="stage 2", space=self.space_address(trial), pairs=images, method=trial.method,
                         config=asdict(config)), REGRESSION if trial.method == "regression" else STAGE_TWO)
@@ -237,7 +217,7 @@ def net_address(self: Trials, trial: Trial) -> str:
 def trained(self: Trials, trial: Trial) -> Trained:
     "The second stage of a trial; errors as in `train_generator`, `Collapsed` among them."
     at, config = self.net_address(trial), trial.stage_two(self.images.seed)
-    file, pairs = self.folder / f"{at}.safetensors", self.pairs(trial)
+    file, pairs = self.folder / f"{at}.safetensors", self.images.paired(trial.fraction)
     def compute():
         z = self.space(trial).sample(pairs.images, range(len(pairs)), config.seed)
         checkpoint = file.with_suffix(".part")
@@ -304,7 +284,8 @@ def measured(self: Trials, trial: Trial, evaluations: int = 20, guidance: float 
         trained = self.trained(trial)
         g, latent_ms = _timed(lambda: sample_latents(trained.net, held, self.images.seed, evaluations, guidance))
         y, decoding_ms = _timed(lambda: space.decode(g))
-        found = image_measures(ImageSet(y, held.labels, held.classes), held, self.pairs(trial).images, self.judge)
+        found = image_measures(ImageSet(y, held.labels, held.classes), held, self.images.paired(trial.fraction).images,
+                               self.judge)
         took = dict(latent_ms=latent_ms, decoding_ms=decoding_ms, seconds=trained.seconds, steps=trained.steps)
         return found | bound_terms(space, held, g) | took
     at = address(dict(what="trial", net=self.net_address(trial)) | sampling | self._against, MEASURES)
@@ -315,7 +296,7 @@ def measured(self: Trials, trial: Trial, evaluations: int = 20, guidance: float 
 def reference(self: Trials, trial: Trial | None = None, # whose latent space they go through; None: as they are
              ) -> dict: # name -> number
     "`image_measures` of real images that are not held out, at most as many as those."
-    more, pairs = self.images.more, (self.pairs(trial) if trial else self.images.paired(1.0)).images
+    more, pairs = self.images.more, self.images.paired(trial.fraction if trial else 1.0).images
     more = more[torch.arange(min(len(more), len(self.images.held_out)))]
     def measure():
         y = self.space(trial).decode(self.space(trial).encode(more.images)) if trial else more.images
