@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'ARMS', 'WAY_COLOURS', 'sampled', 'colours_of', 'latents_in_words', 'by_seed', 'draw_way', 'draw_over_pairs',
-           'good_enough']
+           'signs_over_pairs', 'good_enough']
 
 # %% ../../nbs/report/20_generators.ipynb #20a00004
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -25,13 +25,17 @@ WAY_COLOURS = dict(zip(WAYS.values(), ("#0072B2", "#009E73", "#882255", "#D55E00
 def sampled(methods: Sequence[str], # keys of `WAYS`
             guidance: float = 1.0, # of a second sample of latent diffusion; 1: none
            ) -> dict[str, tuple[str, float]]: # what tables call it -> method, guidance
-    "The ways to an image that a page compares."
+    "The ways to an image that a page compares. ValueError for a method that is none."
+    if unknown := [method for method in methods if method not in WAYS]:
+        raise ValueError(f"{unknown[0]!r} is none of {', '.join(WAYS)}.")
     ways = {WAYS[method]: (method, 1.0) for method in methods}
     return ways | ({f"LDM, guidance {guidance:g}": ("diffusion", guidance)} if "LDM" in ways and guidance != 1 else {})
 
 # %% ../../nbs/report/20_generators.ipynb #20a00013
-def colours_of(ways: Iterable[str]) -> dict[str, str]: # way -> colour
-    "A colour for each way; a guided sample has one of its own."
+def colours_of(ways: Collection[str]) -> dict[str, str]: # way -> colour
+    "A colour for each way; a guided sample has one of its own. ValueError for a way that is none."
+    if unknown := [way for way in ways if way not in WAY_COLOURS and not way.startswith("LDM, guidance ")]:
+        raise ValueError(f"{unknown[0]!r} is none of {', '.join(WAY_COLOURS)}.")
     return {way: WAY_COLOURS.get(way, "#CC79A7") for way in ways}
 
 # %% ../../nbs/report/20_generators.ipynb #20a00014
@@ -44,7 +48,7 @@ def by_seed(frame: pd.DataFrame, # a row a training, with a column `seed`
             metric: str, # a column
             **where, # values of other columns
            ) -> pd.Series: # by seed
-    "A metric of the replicates of one cell. ValueError where there is none, or a seed stands twice: `where` names no single cell."
+    "A metric of the replicates of one cell. ValueError where there is none, or a seed stands twice; KeyError for an unknown column."
     for name, value in where.items(): frame = frame[frame[name] == value]
     found = frame.set_index("seed")[metric]
     if found.empty: raise ValueError(f"no training where {where}.")
@@ -61,10 +65,11 @@ def draw_way(ax: Axes, rows: pd.DataFrame, metric: str, color: str) -> None:
 
 # %% ../../nbs/report/20_generators.ipynb #20a0000c
 def draw_over_pairs(ax: Axes, frame: pd.DataFrame, metric: str, # a column
-                    title: str, colours: Mapping[str, str], # way -> colour
+                    title: str,
                     reference: float | None = None, # drawn as a dotted line
                    ) -> None:
     "A metric over the fraction of pairs, all ways, with 95 % intervals."
+    colours = colours_of([*frame.way.unique()])
     for way, of in frame.groupby("way", sort=False): draw_way(ax, of, metric, colours[way])
     if reference is not None: ax.axhline(reference, color="#777777", lw=0.8, ls=":")
     fractions = sorted(frame.fraction.unique())
@@ -73,13 +78,22 @@ def draw_over_pairs(ax: Axes, frame: pd.DataFrame, metric: str, # a column
     ax.minorticks_off()
     ax.margins(y=0.25) # for the intervals
 
+# %% ../../nbs/report/20_generators.ipynb #20a00015
+def signs_over_pairs(colours: Mapping[str, str], # way -> colour
+                     reference: str, # what the dotted line is
+                    ) -> dict[str, dict]: # for `legend_above`
+    "The legend of figures that `draw_over_pairs` draws."
+    arms = {ARMS[True]: dict(ls="-"), ARMS[False]: dict(ls="--"), reference: dict(ls=":", color="#777777")}
+    return {way: dict(ls="-", color=colour) for way, colour in colours.items()} | arms
+
 # %% ../../nbs/report/20_generators.ipynb #20a0000f
 def good_enough(what: str, # the generator, as the claim begins
                 judged: pd.Series, # percent judged as asked, by seed
                 width: pd.Series, # spread of generated images over that of real ones, by seed
                 decoded: str, # what real images reach after decoding, for the evidence
                ) -> Check:
-    "At least 80 % judged as asked, with a spread within 0.8 and 1.1."
+    "At least 80 % judged as asked, with a spread within 0.8 and 1.1. ValueError if the two are not of the same seeds."
+    if set(judged.index) != set(width.index): raise ValueError(f"{what}: judgements and spreads are of other seeds.")
     return compared(f"{what}: at least 80 % judged as asked, spread within 0.8 and 1.1.",
                     [difference(judged, 80.0), difference(width, 0.8), difference(1.1, width)],
                     f"judged {judged.mean():.1f} %, spread {width.mean():.2f}; after decoding, real images are {decoded}.")
