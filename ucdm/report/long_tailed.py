@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['long_tail_spec', 'trained', 'under', 'crossed', 'uncrossed', 'frame_by_setting', 'values_of', 'shift_name',
-           'long_tail_note', 'quoted_from', 'supervised_passes', 'as_many_passes', 'pseudo_label_frame']
+           'long_tail_note', 'quoted_from', 'supervised_passes', 'as_many_passes', 'times_as_long', 'longer_name',
+           'pseudo_label_frame']
 
 # %% ../../nbs/report/17_long_tailed.ipynb #dcc7ef37
 import math
@@ -140,6 +141,18 @@ def as_many_passes(settings: Mapping) -> dict: # settings of supervised learning
     "A budget for supervised learning with as many image passes as FixMatch has."
     if settings.get("image_passes") is not None: return {}
     return dict(iterations=settings["iterations"] * (1 + 2 * settings.get("ratio", 7)))
+
+# %% ../../nbs/report/17_long_tailed.ipynb #22c00002
+def times_as_long(settings: Mapping, # of a method
+                  n: float) -> dict: # the same, but for `image_passes` or, where these are not given, `iterations`
+    "Settings with n times their budget."
+    budget = "image_passes" if settings.get("image_passes") else "iterations"
+    return {**settings, budget: round(n * settings[budget])}
+
+def longer_name(name: str, # of a row
+                n: float) -> str: # itself where n is 1
+    "What a row is called that is trained n times as long."
+    return name if n == 1 else f"{name}, {n:g} times as long"
 
 # %% ../../nbs/report/17_long_tailed.ipynb #19b00002
 def pseudo_label_frame(found: Mapping[str, Sequence[RunResult]], # variant -> runs with the counts of `pseudo_label_counts`
