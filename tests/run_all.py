@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -108,13 +109,15 @@ def parameter_problems(notebook):
 
 
 def metadata_problems(notebook):
-    "What keeps `papermill NOTEBOOK OUT` from starting (no kernel named), or bloats the file (widget states)."
-    keys = set(json.loads(notebook.read_text(encoding="utf-8"))["metadata"])
-    return (
-        []
-        if keys == {"kernelspec"}
-        else [f"the metadata must be a kernelspec and nothing else, found {', '.join(sorted(keys)) or 'nothing'}"]
-    )
+    """What keeps `papermill NOTEBOOK OUT` from starting (no kernel named), bloats the file (widget states), or makes it no
+    notebook by the format (cells with one id).
+    """
+    content = json.loads(notebook.read_text(encoding="utf-8"))
+    keys, ids = set(content["metadata"]), Counter(cell.get("id") for cell in content["cells"])
+    problems = [f"{n} cells have the id {i}" for i, n in ids.items() if n > 1]
+    if keys != {"kernelspec"}:
+        problems.append(f"the metadata must be a kernelspec and nothing else, found {', '.join(sorted(keys)) or 'nothing'}")
+    return problems
 
 
 def import_problems(notebook):

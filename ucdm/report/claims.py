@@ -214,7 +214,7 @@ def conclude(name: str, # of the notebook
     mark_done(out, name)
     return Conclusion(name, item, checks, stale, len(unique))
 
-# %% ../../nbs/report/05_claims.ipynb #c1a10031
+# %% ../../nbs/report/05_claims.ipynb #22a10031
 def stored_outcome(part: dict) -> str: # HOLDS, HINT, OPEN, FAILS or "not tested"
     "The outcome of a part in a result's file."
     return part.get("outcome", {True: HOLDS, False: FAILS}.get(part.get("holds"))) or "not tested"
