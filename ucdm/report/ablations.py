@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'SPAN', 'LOWER', 'vary', 'run_variants', 'variants_frame', 'tested_with', 'variants_table',
-           'mean_of_variant', 'variants_figure', 'curve_figure', 'better', 'better_check', 'alike', 'best_check']
+           'mean_of_variant', 'unit_of', 'variants_figure', 'curve_figure', 'better', 'better_check', 'alike',
+           'best_check']
 
 # %% ../../nbs/report/08_ablations.ipynb #0b69f4fd
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,6 +138,12 @@ def _signs(frame: pd.DataFrame, colour: str = "#555555", **lines: dict) -> dict[
         signs["95 % confidence interval"] = dict(ls="-", lw=0.9, color=colour)
     return signs | lines
 
+# %% ../../nbs/report/08_ablations.ipynb #22a00002
+def unit_of(metrics: Collection[str]) -> str: # keys of `RunResult.metrics`
+    "What the axis of a figure of these metrics is called."
+    if {"ece", "mce"} & {*metrics}: return "percent" # an error is no accuracy
+    return "accuracy or score (%)" if "balance" in metrics else "accuracy (%)"
+
 # %% ../../nbs/report/08_ablations.ipynb #4c01da7e
 def variants_figure(
     frame: pd.DataFrame,
@@ -176,7 +183,7 @@ def variants_figure(
             ax.set_xlim((low + high - SPAN) / 2, (low + high + SPAN) / 2) # small differences shall look small
         ax.locator_params(axis="x", nbins=3 if len(metrics) > 2 else 5)
     axes[0][0].invert_yaxis()
-    fig.supxlabel("accuracy or score (%)" if "balance" in metrics else "accuracy (%)", fontsize=8)
+    fig.supxlabel(unit_of(metrics), fontsize=8)
     lines = {f"mean of {reference}": dict(ls=":", lw=0.8, color="#0072B2")} if reference in names else {}
     if any((v, m) in quoted for v in names for m in metrics):
         lines["as the paper prints it"] = dict(marker="o", ms=7, mfc="white", color="#D55E00")
@@ -200,7 +207,7 @@ def curve_figure(frame: pd.DataFrame, x: Mapping[str, float], # variant -> posit
         if default is not None: ax.axvline(default, color="#999999", lw=0.8, ls=":", zorder=0)
         ax.set(title=METRIC_LABELS.get(metric, metric), xlabel=label)
         ax.locator_params(axis="x", nbins=3)
-    axes[0][0].set_ylabel("accuracy or score (%)" if "balance" in metrics else "accuracy (%)")
+    axes[0][0].set_ylabel(unit_of(metrics))
     lines = {} if default is None else {"the paper's setting": dict(ls=":", lw=0.8, color="#999999")}
     legend_above(fig, _signs(frame, "#0072B2", **lines))
     return fig
