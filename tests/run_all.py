@@ -108,12 +108,12 @@ def parameter_problems(notebook):
     return problems
 
 
-def metadata_problems(notebook):
+def format_problems(notebook):
     """What keeps `papermill NOTEBOOK OUT` from starting (no kernel named), bloats the file (widget states), or makes it no
     notebook by the format (cells with one id).
     """
     content = json.loads(notebook.read_text(encoding="utf-8"))
-    keys, ids = set(content["metadata"]), Counter(cell.get("id") for cell in content["cells"])
+    keys, ids = set(content["metadata"]), Counter(cell["id"] for cell in content["cells"] if "id" in cell)
     problems = [f"{n} cells have the id {i}" for i, n in ids.items() if n > 1]
     if keys != {"kernelspec"}:
         problems.append(f"the metadata must be a kernelspec and nothing else, found {', '.join(sorted(keys)) or 'nothing'}")
@@ -157,7 +157,7 @@ def clean():
         status, _ = run("nbdev_clean", cwd=copy)
         dirty = [p for p in NOTEBOOKS if (copy / p.relative_to(ROOT)).read_bytes() != p.read_bytes()]
     problems = [f"{p.relative_to(ROOT)}: not clean: run nbdev_clean" for p in dirty]
-    problems += [f"{p.relative_to(ROOT)}: {problem}" for p in NOTEBOOKS for problem in metadata_problems(p)]
+    problems += [f"{p.relative_to(ROOT)}: {problem}" for p in NOTEBOOKS for problem in format_problems(p)]
     problems += [f"{p.relative_to(ROOT)}: {problem}" for p in EXPERIMENTS for problem in parameter_problems(p)]
     problems += [
         f"{p.relative_to(ROOT)}: {problem}" for p in NOTEBOOKS if p not in EXPERIMENTS for problem in import_problems(p)

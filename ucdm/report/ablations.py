@@ -141,7 +141,7 @@ def _signs(frame: pd.DataFrame, colour: str = "#555555", **lines: dict) -> dict[
 # %% ../../nbs/report/08_ablations.ipynb #22a00002
 def unit_of(metrics: Collection[str]) -> str: # keys of `RunResult.metrics`
     "What the axis of a figure of these metrics is called."
-    if {"ece", "mce"} & {*metrics}: return "percent" # an error is no accuracy
+    if {"ece", "mce"} & {*metrics}: return "accuracy or error (%)"
     return "accuracy or score (%)" if "balance" in metrics else "accuracy (%)"
 
 # %% ../../nbs/report/08_ablations.ipynb #4c01da7e

@@ -143,10 +143,16 @@ def as_many_passes(settings: Mapping) -> dict: # settings of supervised learning
     return dict(iterations=settings["iterations"] * (1 + 2 * settings.get("ratio", 7)))
 
 # %% ../../nbs/report/17_long_tailed.ipynb #22c00002
-def times_as_long(settings: Mapping, # of a method
-                  n: float) -> dict: # the same, but for `image_passes` or, where these are not given, `iterations`
-    "Settings with n times their budget."
+def times_as_long(settings: Mapping, # of all methods
+                  n: float,
+                  own: Mapping = {}, # further ones of the method that is asked for
+                 ) -> dict: # the same, but for `image_passes` or, where these are not given, `iterations`
+    "Settings with n times their budget. ValueError if they have none, or if `own` has one, which n would not change."
     budget = "image_passes" if settings.get("image_passes") else "iterations"
+    if n == 1: return {**settings}
+    if budget not in settings: raise ValueError("settings have neither image_passes nor iterations; give one of them.")
+    if fixed := {"image_passes", "iterations"} & {*own}:
+        raise ValueError(f"own has {min(fixed)}, so nothing is {n:g} times as long; give it in settings, or drop `longer`.")
     return {**settings, budget: round(n * settings[budget])}
 
 def longer_name(name: str, # of a row

@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 
+from .ablations import unit_of
 from .comparisons import mean_of, OPEN_METRICS
 from .intervals import draw_interval, results_frame, RULES, spread
 from .paper import PAPER_TABLES
@@ -87,7 +88,7 @@ def open_set_figure(results: Sequence[RunResult],
         ticks = values if by == "class_split" else [f"{p:g}" for p in places]
         ax.set_xticks(places, ticks, fontsize=7 if by == "class_split" else None)
         ax.spines["bottom"].set_bounds(left, right)
-    axes[0][0].set_ylabel("accuracy or score (%)" if "balance" in metrics else "accuracy (%)")
+    axes[0][0].set_ylabel(unit_of(metrics))
     fig.supxlabel(AXES[by], fontsize=plt.rcParams["axes.labelsize"])
     legend_above(fig, _line_signs(frame, by), 4 if len(metrics) > 1 else 2)
     label_ends(ax, ends, at=right)
