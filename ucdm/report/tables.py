@@ -88,7 +88,7 @@ def to_markdown(self: Table) -> str:
     marks, last = (self.marks if self.marks is not None else self.cells.map(lambda _: "")).to_numpy(), None
     for label, texts, ms in zip(self.cells.index, self.cells.to_numpy(), marks):
         if isinstance(label, tuple):
-            if label[0] != last: lines.append(f"| *{label[0]}* |" + " |" * len(heads))
+            if label[0] != last: lines.append("| " + (f"*{label[0]}* |" if label[0] else "|") + " |" * len(heads))
             last, label = label
         lines.append(
             f"| {label} | "
