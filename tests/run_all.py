@@ -26,6 +26,7 @@ from processes import kill_tree
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 EXPERIMENTS = sorted((ROOT / "nbs" / "experiments").rglob("[!_]*.ipynb"))
+WORKERS = str(min(4, os.cpu_count() or 1))  # notebooks, tests or experiments at the same time
 NOTEBOOKS = [p for p in sorted((ROOT / "nbs").rglob("[!_]*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
 
 
@@ -176,7 +177,7 @@ def house():
 
 def notebooks():
     "Every notebook of the library runs from top to bottom."
-    status, text = run("python", "tests/run_notebooks.py", "--n_workers", "2", "--timing", "--do_print",
+    status, text = run("python", "tests/run_notebooks.py", "--n_workers", WORKERS, "--timing", "--do_print",
                        OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
     return *notebooks_ran(status, text, len(NOTEBOOKS) - len(EXPERIMENTS)), *skipped_in_notebooks(text)
 
@@ -197,7 +198,6 @@ def notebooks_ran(status, text, total):
 
 def tests():
     "Processes from outside: kill and resume, command line, bad input."
-    workers = min(4, os.cpu_count() or 1)
     status, text = run(
         "python",
         "-m",
@@ -206,7 +206,7 @@ def tests():
         "--durations=5",
         "-rsx",
         "-n",
-        str(workers),
+        WORKERS,
         "--dist",
         "loadgroup",
         OMP_NUM_THREADS="1",
@@ -223,7 +223,7 @@ def skipped_in_pytest(text):
 
 def experiments():
     "The whole batch, small."
-    status, text = run("ucdm-reproduce", "--profile", "smoke", "--fresh", "--jobs", "2")
+    status, text = run("ucdm-reproduce", "--profile", "smoke", "--fresh", "--jobs", WORKERS)
     ran = re.search(r"(\d+) of \d+ notebooks done", text)
     on_request = re.findall(r"(\d+ more run on request) \(", text)
     return status == 0, f"{ran[1] if ran else 0} of {len(EXPERIMENTS)} experiments ran", *on_request
