@@ -130,6 +130,7 @@ COSTS = { # what ends a cell: what it means
         "ucdm.diffusion.train_prior.train_unet",
         "ucdm.diffusion.prior_pipeline.kept_tokenizer",
         "ucdm.lsdm.one_step.fit_one_step",
+        "ucdm.lsdm.image_trials.Trials.trained",
     ),
     "trains small models itself": (
         "ucdm.lsdm.latent_space.fit_pca",

@@ -149,7 +149,8 @@ def address(decides: dict, # what JSON can hold
 class Trials:
     "Trainings and measurements on the images of one replicate, kept in a folder."
 
-    def __init__(self, images: TrialImages, judge: Judge,
+    def __init__(self, images: TrialImages,
+                 judge: Judge | None, # None: nothing will be measured
                  folder: Path | str, # where results are kept
                  device: str | None = None, # None: CUDA, MPS or CPU, whichever is there
                  progress: bool = False): # show bars
