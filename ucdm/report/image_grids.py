@@ -51,6 +51,14 @@ def _draw_heads(ax: Axes, heads: Sequence[tuple[str, float, float]], y: float) -
         drawn.append((label, 1 if len(heads) == 1 else min(1, space / wide(label))))
     for label, _ in drawn: label.set_fontsize(9 * min(fits for _, fits in drawn))
 
+# %% ../../nbs/report/06_image_grids.ipynb #ed2275f6
+def _draw_names(ax: Axes, names: Sequence[str], x: Sequence[float]) -> None: # x: left edges of the columns
+    "Names above the columns; of several, in one size in which the widest fits its column, down to 5 points."
+    drawn = [ax.text(left + 0.5, -0.1, name, ha="center", va="bottom", fontsize=8) for name, left in zip(names, x)]
+    room = abs(ax.transData.transform((1, 0)) - ax.transData.transform((0, 0)))[0]
+    widest = max((text.get_window_extent().width for text in drawn), default=0)
+    for text in drawn * (len(drawn) > 1): text.set_fontsize(max(5, 8 * min(1, room / widest)))
+
 # %% ../../nbs/report/06_image_grids.ipynb #2a5a1625
 def _draw_image(ax: Axes, picture: Tensor, x: float, y: float, frame: str | None) -> None:
     "An image at its place, with a frame in a colour."
@@ -84,7 +92,7 @@ def image_grid(
     ax.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
     ax.set_axis_off()
     for r, text in enumerate(row_labels): ax.text(-0.12, y[r] + 0.5, text, ha="right", va="center", fontsize=8)
-    for c, text in enumerate(column_labels): ax.text(x[c] + 0.5, -0.1, text, ha="center", va="bottom", fontsize=8)
+    _draw_names(ax, column_labels, x)
     lines = max((t.count("\n") + 1 for t in column_labels), default=0)
     _draw_heads(ax, heads, -0.2 - 0.17 * lines * 0.75 / cell)
     return fig
