@@ -56,7 +56,7 @@ def _draw_names(ax: Axes, names: Sequence[str], x: Sequence[float]) -> None: # x
     "Names above the columns; of several, in one size in which the widest fits its column, down to 5 points."
     drawn = [ax.text(left + 0.5, -0.1, name, ha="center", va="bottom", fontsize=8) for name, left in zip(names, x)]
     room = abs(ax.transData.transform((1, 0)) - ax.transData.transform((0, 0)))[0]
-    widest = max((text.get_window_extent().width for text in drawn), default=0)
+    widest = max((text.get_window_extent().width for text in drawn), default=0) or room # all may be empty
     for text in drawn * (len(drawn) > 1): text.set_fontsize(max(5, 8 * min(1, room / widest)))
 
 # %% ../../nbs/report/06_image_grids.ipynb #2a5a1625
