@@ -116,6 +116,8 @@ def format_problems(notebook):
     content = json.loads(notebook.read_text(encoding="utf-8"))
     keys, ids = set(content["metadata"]), Counter(cell["id"] for cell in content["cells"] if "id" in cell)
     problems = [f"{n} cells have the id {i}" for i, n in ids.items() if n > 1]
+    without = sum("id" not in cell for cell in content["cells"])
+    if without and (content["nbformat"], content["nbformat_minor"]) >= (4, 5): problems.append(f"{without} cells have no id")
     if keys != {"kernelspec"}:
         problems.append(f"the metadata must be a kernelspec and nothing else, found {', '.join(sorted(keys)) or 'nothing'}")
     return problems

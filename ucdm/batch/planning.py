@@ -271,12 +271,12 @@ def _generation(plan: Plan, rate: float | None) -> str:
     return f"generation         {hours} on one device at {rate:,.0f} evaluations a second ({source})"
 
 # %% ../../nbs/batch/10_planning.ipynb #10d70002
-SECONDS = 4 # of a measurement, about
+SECONDS = 4 # a measurement may take, about
 
 def _labelled(network: Network) -> int: # images a step
     return max(1, network.images // (1 + 2 * network.ratio))
 
-def _enough_steps(network: Network) -> int: # whole rounds of the views that are made together, if cheap
+def _enough_steps(network: Network) -> int: # for a rate: whole rounds of the views that are made together, if cheap
     return 4 if network.ratio is None else max(2, min(TOGETHER // _labelled(network), 4000 // network.images))
 
 # %% ../../nbs/batch/10_planning.ipynb #10d70001
@@ -303,7 +303,7 @@ def _own_rates(network: Network, steps: int) -> tuple[float, float]: # as `netwo
     "Of UCDM with two classes."
     config = TrainConfig(depth=network.depth, width=network.width, precision=network.precision,
                          batch_size=max(1, round(network.images / 4)))
-    rates = measured_training_rate(config, n_known=2, iterations=steps, warmup=int(steps > 1))
+    rates = measured_training_rate(config, n_known=2, iterations=steps, warmup=0)
     return rates["train_images_per_s"], rates["predict_images_per_s"]
 
 # %% ../../nbs/batch/10_planning.ipynb #0858cf96
@@ -316,8 +316,8 @@ def network_rates(network: Network) -> tuple[float, float]: # images a second, i
 def _measured(network: Network) -> tuple[float, float]:
     rates = _own_rates if network.ratio is None else _loop_rates
     look = rates(network, 1)
-    steps = min(_enough_steps(network), int(SECONDS * look[0] / network.images))
-    return rates(network, steps) if steps > 1 else look
+    enough = _enough_steps(network)
+    return rates(network, enough) if enough * network.images <= SECONDS * look[0] else look
 
 # %% ../../nbs/batch/10_planning.ipynb #0858cf97
 def _training(plan: Plan, rate: float | None) -> str:

@@ -66,8 +66,9 @@ def draw_way(ax: Axes, rows: pd.DataFrame, metric: str, color: str) -> None:
 # %% ../../nbs/report/20_generators.ipynb #20a00016
 def in_common(frame: pd.DataFrame, metric: str) -> bool:
     "Whether all ways have the same values, but for rounding."
-    values = frame.pivot_table(metric, ["seed", "fraction", "unpaired"], "way")
-    return bool(values.notna().all(axis=None) and ((values.max(axis=1) - values.min(axis=1)) <= 1e-5 * values.abs().max(axis=1)).all())
+    values = frame.pivot(index=["seed", "fraction", "unpaired"], columns="way", values=metric)
+    apart = values.max(axis=1) - values.min(axis=1)
+    return bool(values.notna().all(axis=None) and (apart <= 1e-5 * values.abs().max(axis=1)).all())
 
 # %% ../../nbs/report/20_generators.ipynb #20a0000c
 def draw_over_pairs(ax: Axes, frame: pd.DataFrame, metric: str, # a column
