@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['long_tail_spec', 'trained', 'under', 'crossed', 'uncrossed', 'frame_by_setting', 'values_of', 'shift_name',
-           'long_tail_note', 'quoted_from', 'supervised_passes', 'as_many_passes', 'times_as_long', 'longer_name',
-           'pseudo_label_frame']
+           'long_tail_note', 'quoted_from', 'supervised_passes', 'as_many_passes', 'times_as_long', 'longer_budgets',
+           'longer_name', 'pseudo_label_frame']
 
 # %% ../../nbs/report/17_long_tailed.ipynb #dcc7ef37
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 
 import pandas as pd
@@ -147,13 +147,23 @@ def times_as_long(settings: Mapping, # of all methods
                   n: float,
                   own: Mapping = {}, # further ones of the method that is asked for
                  ) -> dict: # the same, but for `image_passes` or, where these are not given, `iterations`
-    "Settings with n times their budget. ValueError if they have none, or if `own` has one, which n would not change."
+    """Settings with n times their budget; as they are where n is 1.
+
+    ValueError if they have none, or if `own` has one, which n would not change.
+    """
     budget = "image_passes" if settings.get("image_passes") else "iterations"
     if n == 1: return {**settings}
     if budget not in settings: raise ValueError("settings have neither image_passes nor iterations; give one of them.")
     if fixed := {"image_passes", "iterations"} & {*own}:
         raise ValueError(f"own has {min(fixed)}, so nothing is {n:g} times as long; give it in settings, or drop `longer`.")
     return {**settings, budget: round(n * settings[budget])}
+
+def longer_budgets(longer: Iterable[float]) -> list[float]: # of a page's `longer`
+    "The multiples of a budget that rows are trained with, too. ValueError for one that is not longer, or is there twice."
+    n = [float(x) for x in longer]
+    if short := [x for x in n if not x > 1]: raise ValueError(f"{short[0]:g} in `longer` is not longer; give more than 1.")
+    if len({*n}) < len(n): raise ValueError(f"{max(n, key=n.count):g} is in `longer` twice; give it once.")
+    return n
 
 def longer_name(name: str, # of a row
                 n: float) -> str: # itself where n is 1
