@@ -402,9 +402,9 @@ def test_advice(tmp_path):
 
 
 def test_own_evaluations():
-    assert own_evaluations(resolve(SPEC), 10, 2) == 0
+    assert own_evaluations(resolve(SPEC), 12, 10, 2) == {}
     asks = resolve(RunSpec(method="diffusion_classifier", n_seeds=12, n_test=10, train=dict(draws=3)))
-    assert own_evaluations(asks, 10, 2) == 90
+    assert sum(own_evaluations(asks, 12, 10, 2).values()) == 90
 
 
 def test_fingerprints_tell_images_apart():
@@ -459,4 +459,4 @@ def test_a_run_of_the_generators_labels(tmp_path):
     with torch.no_grad(): judge.model.closed_head.bias += 1
     judge.save(folder)
     assert spec_hash(replace(spec, train=dict(judge=str(folder)))) != changed
-    assert own_evaluations(resolve(spec), 10, 2) == 0
+    assert own_evaluations(resolve(spec), 12, 10, 2) == {}

@@ -64,13 +64,16 @@ class Pool:
         return self.missing - before[0], self.evaluations - before[1]
 
 # %% ../../nbs/batch/10_planning.ipynb #063031a4
-def _asks_generator(r: Resolved) -> bool: # whether it classifies with the generator itself, draw by draw
+def _asks_generator(r: Resolved) -> bool: # whether it asks the generator itself, draw by draw
     return r.method.uses_prior and hasattr(r.config, "draws")
 
-def own_evaluations(r: Resolved, n_test: int, n_known: int) -> int:
-    "Network evaluations of a run beside its pairs: those of a method that classifies with the generator."
-    if not _asks_generator(r): return 0
-    return n_test * (r.config.evaluations(n_known) if hasattr(r.config, "evaluations") else (n_known + 1) * r.config.draws)
+def own_evaluations(r: Resolved, n_seeds: int, # unlabelled images
+                    n_test: int, n_known: int) -> dict[tuple, int]: # of what -> evaluations; runs share what has one name
+    "Network evaluations of a run beside its pairs: those of a method that asks the generator about images."
+    if not _asks_generator(r): return {}
+    if hasattr(r.config, "asked"): return r.config.asked(n_seeds, n_known)
+    of_image = r.config.evaluations(n_known) if hasattr(r.config, "evaluations") else (n_known + 1) * r.config.draws
+    return {("test", r.hash): n_test * of_image}
 
 # %% ../../nbs/batch/10_planning.ipynb #a4013301
 @dataclass(frozen=True)
@@ -137,6 +140,7 @@ class _Count:
     runs: dict[str, Resolved] = field(default_factory=dict)
     kept: int = 0
     networks: dict[Network, tuple[int, int]] = field(default_factory=dict)
+    asked: set[tuple] = field(default_factory=set)
 
     def is_kept(self, name: str) -> bool: return (self.cache / "runs" / f"{name}.json").exists()
 
@@ -153,8 +157,17 @@ class _Count:
         if passes and network:
             learnt, answered = self.networks.get(network, (0, 0))
             self.networks[network] = learnt + passes, answered + answered_images(r, n, n_test)
-        row["evaluations"] += own_evaluations(r, n_test, K)
+        row["evaluations"] += self.own(r, n_test, data)
         self.pairs(r, row, data)
+
+    def own(self, r: Resolved, n_test: int, data: RunData) -> int:
+        "Evaluations beside the pairs that no run before has taken."
+        ids, generator = tuple(data.split.seed_index.tolist()), (r.spec.prior, *data.split.known_names)
+        parts = own_evaluations(r, len(ids), n_test, data.split.n_known)
+        asked = {(generator, part, ids if part[0] == "errors" else ()): n for part, n in parts.items()}
+        new = {what: n for what, n in asked.items() if what not in self.asked}
+        self.asked |= new.keys()
+        return sum(new.values())
 
     def pairs(self, r: Resolved, row: dict, data: RunData | None = None) -> None:
         "Count the pairs of a run."
@@ -237,7 +250,7 @@ def _counts(plan: Plan) -> list[str]:
     kinds = {kind: sum(p.kind == kind for p in plan.pools) for kind in ("positive", "negative")}
     images, missing = sum(len(p.ids) * p.n_classes for p in plan.pools), sum(p.missing for p in plan.pools)
     for_pairs, new = sum(p.evaluations for p in plan.pools), int(plan.rows.new.sum())
-    others = f", {for_pairs:,} of them for pairs, the others by methods that classify with the generator"
+    others = f", {for_pairs:,} of them for pairs, the others by methods that ask the generator"
     return [
         f"runs               {len(plan.runs):,} different, {plan.kept:,} of them with a result; {new:,} to compute",
         f"shared pair sets   {kinds['positive']:,} of positives and {kinds['negative']:,} of negatives, with "

@@ -75,6 +75,13 @@ class LikelihoodLabelsConfig(SSLConfig):
         "These settings with the words themselves, so that a result is kept under them and not under a file's name."
         return replace(self, words=read_words(self.words, prior)) if self.negatives == "words" else self
 
+    def asked(self, n_seeds: int, n_known: int) -> dict[tuple, int]: # what runs share -> evaluations of the generator
+        "What comes before the training: errors of the unlabelled images, and negatives."
+        n = 0 if self.negatives == "none" else round((1 + self.kept_out) * self.n_negatives)
+        way = self.template, self.words, self.guidance, self.negative_steps, self.kept_out
+        return {("errors", self.template, self.draws): n_seeds * (n_known + 1) * self.draws,
+                (self.negatives, n, *way): 2 * n * self.negative_steps}
+
 # %% ../../nbs/likelihood/05_likelihood_labels.ipynb #46f09137
 class LikelihoodLabels(Learner):
     "A network that learns soft labels of unlabelled images, and to reject negatives."
