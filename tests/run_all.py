@@ -26,7 +26,7 @@ from processes import kill_tree
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 EXPERIMENTS = sorted((ROOT / "nbs" / "experiments").rglob("[!_]*.ipynb"))
-WORKERS = str(min(4, os.cpu_count() or 1))  # notebooks, tests or experiments at the same time
+WORKERS = min(4, os.cpu_count() or 1)  # notebooks or experiments at the same time
 NOTEBOOKS = [p for p in sorted((ROOT / "nbs").rglob("[!_]*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
 
 
@@ -179,7 +179,7 @@ def house():
 
 def notebooks():
     "Every notebook of the library runs from top to bottom."
-    status, text = run("python", "tests/run_notebooks.py", "--n_workers", WORKERS, "--timing", "--do_print",
+    status, text = run("python", "tests/run_notebooks.py", "--n_workers", str(WORKERS), "--timing", "--do_print",
                        OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
     return *notebooks_ran(status, text, len(NOTEBOOKS) - len(EXPERIMENTS)), *skipped_in_notebooks(text)
 
@@ -208,7 +208,7 @@ def tests():
         "--durations=5",
         "-rsx",
         "-n",
-        WORKERS,
+        str(WORKERS + 1), # those of a cluster mostly wait
         "--dist",
         "loadgroup",
         OMP_NUM_THREADS="1",
@@ -225,7 +225,7 @@ def skipped_in_pytest(text):
 
 def experiments():
     "The whole batch, small."
-    status, text = run("ucdm-reproduce", "--profile", "smoke", "--fresh", "--jobs", WORKERS)
+    status, text = run("ucdm-reproduce", "--profile", "smoke", "--fresh", "--jobs", str(WORKERS))
     ran = re.search(r"(\d+) of \d+ notebooks done", text)
     on_request = re.findall(r"(\d+ more run on request) \(", text)
     return status == 0, f"{ran[1] if ran else 0} of {len(EXPERIMENTS)} experiments ran", *on_request

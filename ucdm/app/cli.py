@@ -16,10 +16,11 @@ from pathlib import Path
 import typer
 from typer.core import TyperCommand
 
+from ..core.files import Unusable
 from ..core.progress import print_anything, say
 
 # %% ../../nbs/app/17_cli.ipynb #9b058efd
-BAD_INPUT = (ValueError, TypeError, FileNotFoundError, NotADirectoryError, IsADirectoryError, ImportError)
+BAD_INPUT = (ValueError, TypeError, FileNotFoundError, NotADirectoryError, IsADirectoryError, ImportError, Unusable)
 
 @contextmanager
 def one_line(command: str):

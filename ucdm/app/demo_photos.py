@@ -59,7 +59,7 @@ def _labels_csv(names: list[str], labels: list[str], groups: list[str]) -> str:
 def _begun(folder: Path) -> bool:
     "Whether a folder is empty, or was begun by `demo`."
     mark = folder / IGNORE_FILE
-    if (folder / LABELS_FILE).is_file() or mark.is_file() and mark.read_bytes() == _IGNORED.encode(): return True
+    if mark.is_file() and mark.read_bytes() == _IGNORED.encode(): return True
     return all(p.name.startswith(f"{mark.name}.") for p in folder.iterdir()) # half a mark, or nothing
 
 # %% ../../nbs/app/02_demo_photos.ipynb #72e94069

@@ -24,7 +24,7 @@ from .cut import answers, CutPoint, Fraction, tempered
 from .network import LARGEST, network, network_name, SMALLEST
 from ..core.checked import checked, Count
 from ..core.device import default_device, is_out_of_memory
-from ..core.files import ASSETS, clear_partials, printable, write_atomic
+from ..core.files import ASSETS, clear_partials, printable, Unusable, write_atomic
 from ..data.class_names import check_class_names
 from ..data.image_files import is_hidden
 from ..data.images import to_float, to_uint8
@@ -188,8 +188,13 @@ def check_place(place: Path | str, # to be written
                 folder: bool = False, # whether it is to be a folder
                 begins: bytes = b"", # how a file begins that may be written over; b"": any may
                ) -> None:
-    "ValueError for a place that is something else, or lies in a file; OSError where nothing can be written."
+    """ValueError for a place that is something else, lies in a file, or is reached by a link that leads nowhere;
+    Unusable where nothing can be written.
+    """
     place, shown = Path(place), printable(place)
+    try: lost = next((p for p in (place, *place.absolute().parents) if p.is_symlink() and not p.exists()), None)
+    except OSError as e: raise Unusable(f"{what}: {shown} cannot be used ({e.strerror}); give another name.") from None
+    if lost: raise ValueError(f"{what}: {printable(lost)} is a link that leads nowhere; make what it leads to, or give another name.")
     if folder and place.exists() and not place.is_dir(): raise ValueError(f"{what}: {shown} is a file; give the name of a folder.")
     if not folder and (place.is_dir() or not place.name): raise ValueError(f"{what}: {shown} is a folder; give the name of a file.")
     if not folder and place.exists() and not (place.is_file() and _start(place, len(begins)) in (begins, b"")):
@@ -198,7 +203,7 @@ def check_place(place: Path | str, # to be written
     if not above.is_dir(): raise ValueError(f"{what}: {printable(above)} is a file, so nothing can lie in it; give another name.")
     try: tempfile.TemporaryFile(dir=above).close()
     except OSError as e:
-        raise OSError(e.errno, f"{what}: {printable(above)} cannot be written to ({e.strerror}); give a place that can.") from None
+        raise Unusable(f"{what}: {printable(above)} cannot be written to ({e.strerror}); give a place that can.") from None
 
 # %% ../../nbs/app/05_model.ipynb #8c442b20
 SHEET = "pairs.webp" # some pairs that the model learnt from
@@ -306,6 +311,9 @@ def _check_folder(path: Path) -> None:
     "BadModel for a folder that is no model of this program, or whose settings are damaged."
     if lacking := [f for f in ("config.json", "model.safetensors") if not (path / f).is_file()]:
         raise BadModel(f"model: {path} is no model, it has no {lacking[0]}; give the folder that `ucdm fit` wrote.")
+    for name in ("config.json", "model.safetensors"):
+        try: open(path / name, "rb").close()
+        except OSError as e: raise Unusable(f"model: {path / name} cannot be read ({e.strerror}).") from None
     try: given = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except ValueError as e:
         raise BadModel(

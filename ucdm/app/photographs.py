@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .fit_settings import FitSettings
-from .label_files import ignored_names, label_number, Labelled, read_labels
+from .label_files import idle_patterns, ignored_names, label_number, Labelled, read_labels
 from ..core.progress import without_warnings
 from ..data.image_files import printable
 from ..data.images import content_ids
@@ -41,17 +41,18 @@ class Photographs:
         )
 
 # %% ../../nbs/app/07_photographs.ipynb #3e39580c
-def _without_ignored(found: FolderImages) -> tuple[list[int], int]: # positions of the others; how many are left out
-    "Which photographs a folder's `.ucdmignore` leaves. ValueError if it leaves none."
-    ignored = {*ignored_names(found.folder, list(found.names))}
-    stay = [n for n, name in enumerate(found.names) if name not in ignored]
-    if not stay: raise ValueError(f"folder: the .ucdmignore of {found.folder} leaves no photograph; remove a pattern.")
-    return stay, len(ignored)
+def _ignored(folder: Path | str, names: list[str]) -> list[str]:
+    "Which photographs a folder's `.ucdmignore` takes out. ValueError if it leaves none."
+    ignored = ignored_names(folder, names)
+    if len(ignored) < len(names): return ignored
+    raise ValueError(f"folder: the .ucdmignore of {folder} leaves no photograph; remove a pattern.")
 
 # %% ../../nbs/app/07_photographs.ipynb #d6716ef5
-def _report(found: FolderImages, left_out: int) -> str:
+def _report(found: FolderImages) -> str:
     "What was read, skipped and left out, and why."
-    return found.report() + (f"\n  not learnt from: {left_out:,} that .ucdmignore names" if left_out else "")
+    idle = idle_patterns(found.folder, [*found.names, *found.ignored, *(s.name for s in found.skipped)])
+    out = f"\n  not learnt from: {len(found.ignored):,} that .ucdmignore names" if found.ignored else ""
+    return found.report() + out + "".join(f"\n  .ucdmignore: no photograph is called {p!r}" for p in idle)
 
 # %% ../../nbs/app/07_photographs.ipynb #313886bd
 def pixels_of(path: Path, options: PhotoOptions) -> Tensor: # uint8 [3, size, size]
@@ -69,7 +70,8 @@ def read_labelled(known: list[Labelled], options: PhotoOptions, on_error: str, #
     for n, entry in enumerate(known):
         try: read[n] = pixels_of(entry.path, options)
         except ValueError as e:
-            if on_error == "stop": raise ValueError(f"{e} Remove its line, or leave it out with on_error='skip'.") from None
+            if on_error == "stop":
+                raise ValueError(f"{e} Remove its line, or leave it out with on_error='skip' (--on-error skip).") from None
             skipped.append(Skipped(name := printable(entry.path), str(e).removeprefix(f"{name}: ")))
     return read, skipped
 
@@ -92,18 +94,18 @@ def read_photographs(folder: Path | str, classes: tuple[str, ...],
     "The photographs of a folder and their labels. Errors as those of `read_folder` and `read_labels`."
     known = read_labels(labels, folder) if labels is not None else []
     numbers = {entry.path.resolve(): label_number(entry.label, classes, strict=True) for entry in known}
-    found = read_folder(folder, s.size, s.fit, s.alpha, s.on_error, s.max_pixels, kept=kept)
-    stay, left_out = _without_ignored(found)
-    paths = [found.paths[n] for n in stay]
-    real = [p.resolve() for p in paths]
+    ignored = lambda names: _ignored(folder, names)
+    found = read_folder(folder, s.size, s.fit, s.alpha, s.on_error, s.max_pixels, kept=kept, ignored=ignored)
+    real = [p.resolve() for p in found.paths]
     inside = set(real)
     beyond = [p for p in numbers if p not in inside]
     read, bad = read_labelled([Labelled(p, "") for p in beyond], found.options, s.on_error)
-    more, images = [beyond[n] for n in read], [found.images[torch.tensor(stay)], *(x[None] for x in read.values())]
+    more, images = [beyond[n] for n in read], [found.images, *(x[None] for x in read.values())]
     labelled = torch.tensor([numbers.get(p, -1) for p in [*real, *more]])
-    names = [found.names[n] for n in stay] + [str(p) for p in more]
-    report = _report(found, left_out) + "".join(f"\n  labelled, and skipped: {b.name}: {b.reason}" for b in bad)
-    return Photographs(torch.cat(images), [*paths, *more], names, labelled, [*found.skipped, *bad], left_out, report)
+    names = [*found.names, *map(str, more)]
+    report = _report(found) + "".join(f"\n  labelled, and skipped: {b.name}: {b.reason}" for b in bad)
+    skipped = [*found.skipped, *bad]
+    return Photographs(torch.cat(images), [*found.paths, *more], names, labelled, skipped, len(found.ignored), report)
 
 # %% ../../nbs/app/07_photographs.ipynb #db5eebc2
 class SharpPrior(Prior):

@@ -8,6 +8,7 @@ __all__ = ['PAGE', 'short_threshold', 'check_labels', 'page_folder', 'predict']
 # %% ../../nbs/app/12_predicting.ipynb #1a166ba1
 from collections import Counter
 from collections.abc import Callable
+from itertools import combinations
 from os.path import commonprefix
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from .answer_table import Answers, check_sort_into, CSV_BEGINS, sort_into as copy_sorted, write_csv
 from .cut import answers, cut_from_labels, fit_temperature, Fraction, LEAST, tempered, threshold_for_rate
-from .gallery import write_page
+from .gallery import check_page, write_page
 from .label_files import label_number, Labelled, OTHER, read_labels
 from .model import check_outside, check_place, Model
 from .photographs import labelled_images
@@ -115,10 +116,14 @@ def page_folder(page: Path | str | bool | None, # True: wherever it fits
 # %% ../../nbs/app/12_predicting.ipynb #7c12e024
 def _check_places(folder, csv, sort_into, page, labels) -> None:
     "ValueError for a place where the photographs or the labels are, anything else, or where nothing can be written."
-    for what, place in dict(page=page, sort_into=sort_into).items():
-        if not place: continue
-        check_outside(place, folder, what)
-        check_place(place, what, folder=True)
+    places = {what: place for what, place in dict(csv=csv, page=page, sort_into=sort_into).items() if place}
+    for (a, first), (b, second) in combinations(places.items(), 2):
+        if Path(first).resolve() == Path(second).resolve(): raise ValueError(f"{a} and {b}: {first} is given for both; give two names.")
+    for what in ("page", "sort_into"):
+        if what not in places: continue
+        check_outside(places[what], folder, what)
+        check_place(places[what], what, folder=True)
+    if page: check_page(page)
     if csv is None: return
     if labels and Path(csv).resolve() == Path(labels).resolve():
         raise ValueError(f"csv: {csv} holds the labels; give the answers another name.")

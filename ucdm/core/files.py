@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NO_LOCKS', 'PACKAGE', 'ASSETS', 'write_atomic', 'clear_partials', 'canonical', 'atomic_json', 'CorruptResult',
-           'checked_json', 'NoLocks', 'locked', 'check_one_writer', 'printable']
+           'checked_json', 'Unusable', 'NoLocks', 'locked', 'check_one_writer', 'printable']
 
 # %% ../../nbs/core/01_files.ipynb #0890a026
 import errno, hashlib, json, math, os, platform, shutil, unicodedata, uuid
@@ -105,6 +105,9 @@ def checked_json(path: str | Path) -> dict:
     if stated != hashlib.sha256(canonical(content).encode()).hexdigest():
         raise CorruptResult(f"{path} was altered since it was written: its checksum does not fit")
     return content
+
+# %% ../../nbs/core/01_files.ipynb #2811a002
+class Unusable(OSError): "A place that was given and cannot be read or written, found before anything was written."
 
 # %% ../../nbs/core/01_files.ipynb #6a1f0f02
 def _holder_file(path: Path) -> Path: return path.with_name(f"{path.name}.holder")

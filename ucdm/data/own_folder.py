@@ -11,7 +11,7 @@ import errno, hashlib, math, os, re, shutil, threading, time, uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -216,6 +216,7 @@ class FolderImages:
     options: PhotoOptions # how they became squares
     skipped: list[Skipped] # folders, and files that are images or should be, that cannot be read
     left_out: dict[str, tuple[str, ...]] # why: names of hidden files and folders, of other kinds of files
+    ignored: tuple[str, ...] = () # names of images that were not to be read
 
     def __len__(self): return len(self.images)
 
@@ -230,13 +231,13 @@ class FolderImages:
         return find_duplicates(self.names, self.ids, self.small)
 
 # %% ../../nbs/data/13_own_folder.ipynb #1d0f0018
-def _refusal(found: FoundFiles, skipped: Sequence[Skipped]) -> str:
+def _refusal(found: FoundFiles, skipped: Sequence[Skipped], some_left: bool) -> str:
     "What to tell someone whose images cannot be used."
     worst = "; ".join(f"{s.name} ({s.reason})" for s in skipped[:5]) + ("; ..." if len(skipped) > 5 else "")
     of, kinds = len(found.images) + len(found.unreadable), "files and folders" if found.unreadable else "files"
     return (
         f"{len(skipped):,} of {of:,} {kinds} in {printable(found.folder)} cannot be read as images: {worst}. "
-        "Remove or replace them, or leave them out with on_error='skip'."
+        "Remove or replace them" + (", or leave them out with on_error='skip' (--on-error skip)." if some_left else ".")
     )
 
 # %% ../../nbs/data/13_own_folder.ipynb #1d0f0007
@@ -248,6 +249,7 @@ def read_folder(folder: Path | str,
                 max_pixels: int | None = None, # of one image; None: see `pixel_limit`
                 draft_side: int | None = None, # see `PhotoOptions`
                 kept: Path | str | None = None, # folder for what is read, to go on with it after a stop: `kept_reading`
+                ignored: Callable | None = None, # takes names of images, gives those that are not to be read
                ) -> FolderImages:
     """Every image of a folder and of the folders below, upright, RGB, as squares.
 
@@ -258,15 +260,18 @@ def read_folder(folder: Path | str,
     checked(on_error, Literal["stop", "skip"], "on_error")
     pixel_limit(max_pixels)
     found = some_images(folder)
+    out = {*ignored([*map(found.name, found.images)])} if ignored else set()
+    found = replace(found, images=[p for p in found.images if found.name(p) not in out])
     decoded = _decode(found.images, options, kept)
     skipped = [Skipped(*entry) for entry in sorted(found.unreadable.items())]
     skipped += [Skipped(found.name(found.images[i]), why) for i, why in sorted(decoded.bad.items())]
-    if skipped and (on_error == "stop" or len(decoded.bad) == len(found.images)): raise ValueError(_refusal(found, skipped))
+    none = len(decoded.bad) == len(found.images)
+    if skipped and (on_error == "stop" or none): raise ValueError(_refusal(found, skipped, not none))
     good = [i for i in range(len(found.images)) if i not in decoded.bad]
     paths, (images, small, sizes) = tuple(found.images[i] for i in good), _keep(decoded, good)
     left_out = {why: tuple(sorted(names)) for why, names in found.left_out.items()}
     return FolderImages(
-        found.folder, images, tuple(map(found.name, paths)), paths, sizes, small, options, skipped, left_out
+        found.folder, images, tuple(map(found.name, paths)), paths, sizes, small, options, skipped, left_out, tuple(sorted(out))
     )
 
 # %% ../../nbs/data/13_own_folder.ipynb #4e0a1021
