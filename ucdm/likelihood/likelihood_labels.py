@@ -77,10 +77,10 @@ class LikelihoodLabelsConfig(SSLConfig):
 
     def asked(self, n_seeds: int, n_known: int) -> dict[tuple, int]: # what runs share -> evaluations of the generator
         "What comes before the training: errors of the unlabelled images, and negatives."
-        n = 0 if self.negatives == "none" else round((1 + self.kept_out) * self.n_negatives)
+        n = 0 if self.negatives == "none" else self.n_negatives + round(self.kept_out * self.n_negatives)
         way = self.template, self.words, self.guidance, self.negative_steps, self.kept_out
         return {("errors", self.template, self.draws): n_seeds * (n_known + 1) * self.draws,
-                (self.negatives, n, *way): 2 * n * self.negative_steps}
+                (self.negatives, n, *way): (1 + (self.negatives == "words")) * n * self.negative_steps}
 
 # %% ../../nbs/likelihood/05_likelihood_labels.ipynb #46f09137
 class LikelihoodLabels(Learner):
