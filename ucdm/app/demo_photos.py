@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from .label_files import IGNORE_FILE
+from .model import check_place
 from ..core.checked import checked, Count, Seed
 from ..core.files import write_atomic
 from ..data.datasets import load_dataset
@@ -59,12 +60,13 @@ def _labels_csv(names: list[str], labels: list[str], groups: list[str]) -> str:
 def _begun(folder: Path) -> bool:
     "Whether a folder is empty, or was begun by `demo`."
     mark = folder / IGNORE_FILE
-    if mark.is_file() and mark.read_bytes() == _IGNORED.encode(): return True
+    if mark.is_file() and (mark.read_bytes() == _IGNORED.encode() or (folder / LABELS_FILE).is_file()): return True
     return all(p.name.startswith(f"{mark.name}.") for p in folder.iterdir()) # half a mark, or nothing
 
 # %% ../../nbs/app/02_demo_photos.ipynb #72e94069
 def _door(folder: Path) -> None:
-    "ValueError for a folder that holds something else."
+    "ValueError for a folder that holds something else, Unusable for one that cannot be written."
+    check_place(folder, "folder", folder=True)
     if folder.is_file() or folder.is_dir() and not _begun(folder):
         raise ValueError(f"folder: {folder} is there already and holds something else; give the name of a new folder.")
 

@@ -6,7 +6,7 @@
 __all__ = ['Evaluation', 'group_metrics', 'Measured', 'evaluate']
 
 # %% ../../nbs/app/13_evaluating.ipynb #4d38bd23
-import math, statistics
+import math, statistics, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -20,7 +20,7 @@ from .cut import answers, Fraction
 from .label_files import label_number, Labelled, OTHER, read_labels
 from .model import check_device, Model
 from .photographs import read_labelled
-from .predicting import check_labels
+from .predicting import slips
 from ..core.checked import checked
 from ..data.own_folder import kept_reading, read_folder
 from ..data.photographs import PhotoOptions
@@ -101,7 +101,8 @@ def evaluate(model: Model | Path | str, # a model, or what `Model.load` takes
     asked = model, labelled, on_error, max_pixels
     with kept_reading(labelled, model.size, model.fit, model.alpha, max_pixels) as kept:
         images, written, groups, skipped = _of_folder(*asked, kept) if labelled.is_dir() else _of_csv(*asked)
-        check_labels([Labelled(labelled, w) for w in written], model.classes)
+        for name, meant in slips(dict.fromkeys(written), model.classes).items():
+            warnings.warn(f"labels: {name!r} is counted as other; if it is meant to be {meant!r}, correct it.")
         numbers = torch.tensor([label_number(w, model.classes, strict=False) for w in written])
         if not (numbers < len(model.classes)).any():
             names = ", ".join(model.classes)

@@ -126,7 +126,7 @@ def specification(found: Photographs, classes: Sequence[str], prior: Prior, s: F
 # %% ../../nbs/app/09_fitting.ipynb #7c1b2a60
 def _decided(spec: dict) -> str:
     "A specification as text, without what decides nothing. Those of earlier versions held other fields."
-    spec = without_paths(spec) # as a model's file holds it
+    spec = without_paths(spec) | dict(classes=spec.get("classes")) # as a model's file holds it
     settings = deciding({"preset": "paper"} | spec.get("settings", {}))
     before = {f.name: f.metadata["before"] for f in fields(PairConfig) if "before" in f.metadata}
     pairs = before | spec.get("pairs", {})
@@ -170,8 +170,8 @@ def _check_places(folder: Path | str, out: Path, work: Path) -> None:
     "ValueError or Unusable for places where nothing can or should be written."
     new = not _holds_model(out)
     for place, what in ((out, "out"), (work, "work")):
-        check_outside(place, folder, what)
         if new: check_place(place, what, folder=True)
+        check_outside(place, folder, what)
     if out.resolve() in (work.resolve(), *work.resolve().parents):
         raise ValueError(f"work: {printable(work)} lies in {printable(out)}, the folder of the model; give a place outside it.")
     if new: check_place(work / CALLS, "work", begins=CALLS_BEGIN)
@@ -310,9 +310,9 @@ def _take_cut(model: Model, earlier: Model, found: Photographs) -> None:
     model.about = model.about | dict(cut_from=said)
 
 # %% ../../nbs/app/09_fitting.ipynb #2811a013
-def _check_still_free(job: Job, out: Path) -> None:
-    "RuntimeError if another model has come to lie in `out`."
-    try: _finished(out, job.spec, job.device)
+def _meanwhile(job: Job, out: Path) -> Model | None:
+    "The same model, if another process has finished it. RuntimeError if another model has come to lie in `out`."
+    try: return _finished(out, job.spec, job.device)
     except ValueError as e: raise RuntimeError(
         f"{e} It came while this model was computed, which is not lost: give the same command with another --out, and "
         f"--work {printable(job.work)}.") from None
@@ -326,7 +326,7 @@ def _fitted(job: Job, out: Path, earlier: Model | None, began: float, progress: 
             with locked(job.work / ".lock", str(out), timeout=0):
                 model = _model(job, began, progress)
                 if earlier: _take_cut(model, earlier, job.found)
-                _check_still_free(job, out)
+                if there := _meanwhile(job, out): return there
                 model.save_pretrained(out)
         except TimeoutError as e: raise RuntimeError(str(e)) from None
     elif earlier:

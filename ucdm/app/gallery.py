@@ -172,7 +172,7 @@ def _script() -> tuple[str, str]: # the script, its digest
     return text, base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 # %% ../../nbs/app/11_gallery.ipynb #2811a022
-PAGE_BEGINS = b'<!doctype html>\n<html lang="en"><head>\n<meta name="generator" content="ucdm predict">'
+PAGE_BEGINS = (ASSETS / "app" / "gallery.html.j2").read_bytes().partition(b"{{")[0] # up to the script's digest
 
 def check_page(folder: Path | str) -> None: # for a page
     "ValueError or Unusable for a folder where a page may not be written."

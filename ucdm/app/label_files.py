@@ -128,7 +128,8 @@ def ignore_patterns(folder: Path | str) -> list[str]: # of photographs
     "The lines of its `.ucdmignore`."
     file = Path(folder) / IGNORE_FILE
     lines = _text(file, "folder").splitlines() if file.is_file() else []
-    return [line.strip().strip("/") for line in lines if line.strip() and not line.startswith("#")]
+    names = (line.strip().strip("/") for line in lines if not line.strip().startswith("#"))
+    return [*dict.fromkeys(name for name in names if name)]
 
 def _hits(pattern: str, name: str) -> bool: return name == pattern or fnmatch(name, pattern) or name.startswith(f"{pattern}/")
 

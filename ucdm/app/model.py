@@ -180,7 +180,9 @@ def check_outside(out: Path | str, # to be written
 
 # %% ../../nbs/app/05_model.ipynb #7c1b2a4b
 def _start(file: Path, n: int) -> bytes: # its first bytes
-    with open(file, "rb") as f: return f.read(n)
+    try:
+        with open(file, "rb") as f: return f.read(n)
+    except OSError as e: raise Unusable(f"{printable(file)} cannot be read ({e.strerror}); give another name.") from None
 
 
 def check_place(place: Path | str, # to be written
@@ -309,10 +311,10 @@ def check_device(device: str | torch.device | None = None, # None chooses the be
 # %% ../../nbs/app/05_model.ipynb #7c1b2a44
 def _check_folder(path: Path) -> None:
     "BadModel for a folder that is no model of this program, or whose settings are damaged."
-    if lacking := [f for f in ("config.json", "model.safetensors") if not (path / f).is_file()]:
-        raise BadModel(f"model: {path} is no model, it has no {lacking[0]}; give the folder that `ucdm fit` wrote.")
     for name in ("config.json", "model.safetensors"):
         try: open(path / name, "rb").close()
+        except (FileNotFoundError, IsADirectoryError):
+            raise BadModel(f"model: {path} is no model, it has no {name}; give the folder that `ucdm fit` wrote.") from None
         except OSError as e: raise Unusable(f"model: {path / name} cannot be read ({e.strerror}).") from None
     try: given = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except ValueError as e:

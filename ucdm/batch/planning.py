@@ -140,7 +140,7 @@ class _Count:
     runs: dict[str, Resolved] = field(default_factory=dict)
     kept: int = 0
     networks: dict[Network, tuple[int, int]] = field(default_factory=dict)
-    asked: set[tuple] = field(default_factory=set)
+    asked: dict[tuple, set] = field(default_factory=lambda: defaultdict(set)) # what the generator was asked -> images
 
     def is_kept(self, name: str) -> bool: return (self.cache / "runs" / f"{name}.json").exists()
 
@@ -148,26 +148,30 @@ class _Count:
         "Count a run and its pairs in a notebook's row, unless it was counted before."
         if r.hash in self.runs: return
         self.runs[r.hash] = r
-        if self.is_kept(r.hash): self.kept += 1; return
+        kept = self.is_kept(r.hash)
+        self.kept += kept
+        if kept and not hasattr(r.config, "asked"): return
         data = run_data(r)
         n, K, n_test = len(data.split.seed_index), data.split.n_known, n_test_images(data.split)
+        own = self.own(r, n_test, data)
+        if kept: return # what it asked is there for others
         passes, network = training_passes(r.spec, n, K), network_of(r, K)
         row["new"] += 1
         row["passes"] += passes
         if passes and network:
             learnt, answered = self.networks.get(network, (0, 0))
             self.networks[network] = learnt + passes, answered + answered_images(r, n, n_test)
-        row["evaluations"] += self.own(r, n_test, data)
+        row["evaluations"] += own
         self.pairs(r, row, data)
 
     def own(self, r: Resolved, n_test: int, data: RunData) -> int:
         "Evaluations beside the pairs that no run before has taken."
-        ids, generator = tuple(data.split.seed_index.tolist()), (r.spec.prior, *data.split.known_names)
-        parts = own_evaluations(r, len(ids), n_test, data.split.n_known)
-        asked = {(generator, part, ids if part[0] == "errors" else ()): n for part, n in parts.items()}
-        new = {what: n for what, n in asked.items() if what not in self.asked}
-        self.asked |= new.keys()
-        return sum(new.values())
+        def whole(part): return r.spec.prior, *data.split.known_names, part
+        asked = own_evaluations(r, len(data.split.seed_index), n_test, data.split.n_known)
+        ids = {whole(part): {*data.split.seed_index.tolist()} if part[0] == "errors" else {""} for part in asked}
+        lacking = {part: len(ids[whole(part)] - self.asked[whole(part)]) / len(ids[whole(part)]) for part in asked}
+        for name, more in ids.items(): self.asked[name] |= more
+        return round(sum(lacking[part] * n for part, n in asked.items()))
 
     def pairs(self, r: Resolved, row: dict, data: RunData | None = None) -> None:
         "Count the pairs of a run."

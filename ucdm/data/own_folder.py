@@ -260,8 +260,9 @@ def read_folder(folder: Path | str,
     checked(on_error, Literal["stop", "skip"], "on_error")
     pixel_limit(max_pixels)
     found = some_images(folder)
-    out = {*ignored([*map(found.name, found.images)])} if ignored else set()
-    found = replace(found, images=[p for p in found.images if found.name(p) not in out])
+    out = {*ignored([*map(found.name, found.images), *found.unreadable])} if ignored else set()
+    found = replace(found, images=[p for p in found.images if found.name(p) not in out],
+                    unreadable={name: why for name, why in found.unreadable.items() if name not in out})
     decoded = _decode(found.images, options, kept)
     skipped = [Skipped(*entry) for entry in sorted(found.unreadable.items())]
     skipped += [Skipped(found.name(found.images[i]), why) for i, why in sorted(decoded.bad.items())]
