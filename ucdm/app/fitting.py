@@ -324,12 +324,14 @@ def _fitted(job: Job, out: Path, earlier: Model | None, began: float, progress: 
     if model is None:
         try:
             with locked(job.work / ".lock", str(out), timeout=0):
-                model = _model(job, began, progress)
-                if earlier: _take_cut(model, earlier, job.found)
-                if there := _meanwhile(job, out): return there
-                model.save_pretrained(out)
+                made = _model(job, began, progress)
+                if earlier: _take_cut(made, earlier, job.found)
+                model = _meanwhile(job, out)
+                if model is None:
+                    made.save_pretrained(out)
+                    return made
         except TimeoutError as e: raise RuntimeError(str(e)) from None
-    elif earlier:
+    if earlier:
         _take_cut(model, earlier, job.found)
         model.write_settings(out)
     return model

@@ -91,16 +91,17 @@ def _is_slip(a: str, b: str) -> bool:
     return max(len(x), len(y)) == 1 or len(x) == 2 and x == y[::-1]
 
 # %% ../../nbs/app/12_predicting.ipynb #7c12e013
+def _is_strange(name: str, classes: tuple[str, ...]) -> bool: # none of the classes, nor "other"
+    return label_number(name, classes, strict=False) == len(classes) and name.casefold() != OTHER
+
 def slips(names: Iterable[str], classes: tuple[str, ...]) -> dict[str, str]: # label -> the class that may be meant
     "Labels of no class that may be misspelt ones."
-    def is_strange(name): return label_number(name, classes, strict=False) == len(classes) and name.casefold() != OTHER
-    meant = {name: next((c for c in classes if _is_slip(name, c)), None) for name in names if is_strange(name)}
+    meant = {name: next((c for c in classes if _is_slip(name, c)), None) for name in names if _is_strange(name, classes)}
     return {name: c for name, c in meant.items() if c}
 
 def check_labels(known: list[Labelled], classes: tuple[str, ...]) -> str: # names that count as other; "" if none do
     "Which labels are none of the classes. ValueError for one that is misspelt."
-    def is_strange(name): return label_number(name, classes, strict=False) == len(classes) and name.casefold() != OTHER
-    strangers = Counter(entry.label for entry in known if is_strange(entry.label))
+    strangers = Counter(entry.label for entry in known if _is_strange(entry.label, classes))
     for name, meant in slips(strangers, classes).items(): raise ValueError(
         f"labels: {name!r} is no class of this model; did you mean {meant!r}? Correct it, or write {OTHER} for "
         "photographs of something else.")
