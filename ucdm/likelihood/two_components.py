@@ -31,6 +31,7 @@ def _log_parts(x: Tensor, fraction: float, means, deviations) -> Tensor: # [2, N
 def fit_two_components(values: Tensor, # [N], one a image
                        steps: int = 200, # of expectation-maximisation
                        fraction: float = 0.2, # of the upper component, to begin with
+                       common: bool = False, # one deviation for both components
                       ) -> TwoComponents:
     "The likeliest mixture near where it begins. ValueError for fewer than four values, or equal ones."
     x = values.double()
@@ -40,7 +41,8 @@ def fit_two_components(values: Tensor, # [N], one a image
         r = torch.stack([1 - upper, upper])
         size = r.sum(1).clamp(min=1e-9)
         means = (r * x).sum(1) / size
-        deviations = ((r * (x - means[:, None]).square()).sum(1) / size).sqrt().clamp(min=least)
+        squares = (r * (x - means[:, None]).square()).sum(1)
+        deviations = (squares.sum().expand(2) / len(x) if common else squares / size).sqrt().clamp(min=least)
         fraction = (size[1] / len(x)).item()
         upper = _log_parts(x, fraction, means.tolist(), deviations.tolist()).softmax(0)[1]
     (m0, m1), (s0, s1) = means.tolist(), deviations.tolist()
@@ -57,7 +59,8 @@ def upper_probability(values: Tensor, # [N]
 
 # %% ../../nbs/likelihood/02_two_components.ipynb #ea4d7e94
 def soft_labels(gains: Tensor, # [N, K]
+                common: bool = False, # one deviation for both components
                ) -> tuple[Tensor, list[TwoComponents]]: # r [N, K], a mixture a class
     "For each image and class the probability that it shows it."
-    mixtures = [fit_two_components(g) for g in gains.T]
+    mixtures = [fit_two_components(g, common=common) for g in gains.T]
     return torch.stack([upper_probability(g, m) for g, m in zip(gains.T, mixtures)], 1), mixtures
