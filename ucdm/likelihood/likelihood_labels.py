@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HARDEST', 'soft_open_loss', 'soft_closed_loss', 'LikelihoodLabelsConfig', 'LikelihoodLabels', 'balanced_positions',
            'hardest', 'cut_of', 'likelihoods_of', 'labelled_softly', 'drawn', 'negatives_of', 'labelled_negatives',
-           'fit_likelihood_labels']
+           'check_kept_out', 'fit_likelihood_labels']
 
 # %% ../../nbs/likelihood/05_likelihood_labels.ipynb #8d6e7b84
 from dataclasses import replace
@@ -60,7 +60,7 @@ class LikelihoodLabelsConfig(SSLConfig):
     template: Template = "A photo of a {}" # prompt, {} is the class name or the word
     by_level: bool = True # gains in units of their spread at each level; False: plain averages
     deviations: Literal["common", "own"] = "common" # of the two normal distributions that turn gains into labels
-    balanced: bool = True # each class, and none, equally often among the unlabelled images of a batch
+    balanced: bool = True # among the unlabelled images of a batch each class comes equally often, and "none" as often as one
     weak_fraction: Fraction = 0.5 # of each batch, in weak views; the rest in strong ones
     negatives: Literal["unconditional", "words", "none"] = "unconditional" # what the generator draws
     label_negatives: bool = True # the generator labels what it draws without a word, too; False: all of it is "other"
@@ -71,27 +71,36 @@ class LikelihoodLabelsConfig(SSLConfig):
     guidance: Annotated[float, Interval(ge=0, le=100)] = 3.0 # towards the words
     negative_steps: Count = 20 # DDIM steps of a negative
     hard_fraction: Annotated[float, Interval(gt=0, le=1)] = 1.0 # of the negatives, those most taken for a known class
-    kept_out: Annotated[float, Interval(ge=0, lt=1)] = 0.0 # of images, drawn ones and words, to find the cut with; 0: UCDM's rule
+    kept_out: Annotated[float, Interval(ge=0, lt=1)] = 0.0 # of the unlabelled images, and so many further drawn ones (or words), to find the cut with; 0: UCDM's rule
 
     def __post_init__(self):
         if self.kept_out and not (self.negatives == "words" or self.negatives == "unconditional" and self.label_negatives):
             raise ValueError(
                 f"kept_out needs negatives by words, or labelled ones, got negatives={self.negatives!r} and "
                 f"label_negatives={self.label_negatives}: nothing stands in for new classes.")
+        if self.negatives == "unconditional" and self.label_negatives and self.n_negatives < 4:
+            raise ValueError(f"n_negatives must be at least 4 where drawn images are labelled, got {self.n_negatives}.")
+
+    @property
+    def aside(self) -> int: # drawn images that no training sees
+        return max(1, round(self.kept_out * self.n_negatives)) if self.kept_out else 0
 
     def of_prior(self, prior: str): # LikelihoodLabelsConfig
         "These settings with the words themselves, so that a result is kept under them and not under a file's name."
         return replace(self, words=read_words(self.words, prior)) if self.negatives == "words" else self
 
     def asked(self, n_seeds: int, n_known: int) -> dict[tuple, int]: # what runs share -> evaluations of the generator
-        "What comes before the training: errors of the unlabelled images, and negatives."
-        n = 0 if self.negatives == "none" else self.n_negatives + round(self.kept_out * self.n_negatives)
-        way = self.template, self.words, self.guidance, self.negative_steps, self.kept_out
-        labelled = n if self.negatives == "unconditional" and self.label_negatives else 0
-        label = (n_known + 1) * self.draws
-        return {("errors", self.template, self.draws): n_seeds * label,
-                ("errors", self.template, self.draws, self.negatives, labelled, *way): labelled * label,
-                (self.negatives, n, *way): (1 + (self.negatives == "words")) * n * self.negative_steps}
+        "What comes before the training: errors of the unlabelled images, and drawn images with theirs."
+        n, label, steps = self.n_negatives, (n_known + 1) * self.draws, self.negative_steps
+        errors, found = (self.template, self.draws), {("errors", self.template, self.draws): n_seeds * label}
+        if self.negatives == "words":
+            way = self.template, self.words, self.guidance, steps, self.kept_out
+            return found | {("words", n, *way): 2 * (n + self.aside) * steps}
+        if self.negatives == "none": return found
+        for images, of in ((n, ()), (self.aside, (self.kept_out,))):
+            found["drawn", n, steps, *of] = images * steps
+            if self.label_negatives: found["labels of drawn", n, steps, *errors, *of] = images * label
+        return found
 
 # %% ../../nbs/likelihood/05_likelihood_labels.ipynb #46f09137
 class LikelihoodLabels(Learner):
@@ -227,10 +236,9 @@ def negatives_of(task: Task, prior) -> tuple[Tensor | None, Tensor | None]: # ui
     out = kept_out_words(words, c.kept_out) if c.kept_out and words else []
     learnt = [w for w in words if w not in out]
     task.report(f"drawn: {', '.join(learnt) or 'without words'}" + (f"; kept out: {', '.join(out)}" if out else ""))
-    aside = max(1, round(c.kept_out * c.n_negatives)) if c.kept_out else 0
-    if out: return drawn(task, prior, learnt, c.n_negatives), drawn(task, prior, out, aside)
-    images = drawn(task, prior, learnt, c.n_negatives + aside)
-    return images[:c.n_negatives], images[c.n_negatives:] if aside else None
+    if out: return drawn(task, prior, learnt, c.n_negatives), drawn(task, prior, out, c.aside)
+    images = drawn(task, prior, learnt, c.n_negatives + c.aside)
+    return images[:c.n_negatives], images[c.n_negatives:] if c.aside else None
 
 # %% ../../nbs/likelihood/05_likelihood_labels.ipynb #5d260006
 def labelled_negatives(task: Task, prior) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -239,7 +247,23 @@ def labelled_negatives(task: Task, prior) -> tuple[Tensor | None, Tensor | None,
     if c.negatives != "unconditional" or not c.label_negatives: return negatives, None, stand_ins
     n, rest = len(negatives), negatives[:0] if stand_ins is None else stand_ins
     r = likelihoods_of(task, prior, torch.cat([negatives, rest]))
+    counts = [f"{name} {int(sure)}" for name, sure in zip(task.classes, (r > 0.5).sum(0))]
+    task.report(f"the generator's labels of {len(r)} drawn images: {', '.join(counts)}")
     return negatives, r[:n], rest[r[n:].sum(1) < 0.5] if len(rest) else None
+
+# %% ../../nbs/likelihood/05_likelihood_labels.ipynb #5d260008
+def check_kept_out(named: ImageSet, # unlabelled images with the likeliest label of each
+                   out: Tensor, # bool [N], which are kept out
+                   r: Tensor, # their soft labels [N, K]
+                   stand_ins: Tensor) -> None:
+    "ValueError if a class has no image left to learn from, or a group none to find the cut with."
+    left = named.labels[~out]
+    lost = [name for k, name in enumerate(named.classes) if not (left == k).any()]
+    known = r[out].sum(1).clamp(max=1)
+    groups = dict(known=known.sum().item(), unknown=(1 - known).sum().item(), new=len(stand_ins))
+    empty = [f"no {name} image to find the cut with" for name, n in groups.items() if n < 1e-6]
+    if problems := [f"no image of {name} left to learn from" for name in lost] + empty: raise ValueError(
+        f"kept_out: there would be {', and '.join(problems)}; take another fraction, more images, or more n_negatives.")
 
 # %% ../../nbs/likelihood/05_likelihood_labels.ipynb #3e578629
 @register_method("likelihood_labels", config=LikelihoodLabelsConfig, uses_prior=True)
@@ -249,6 +273,7 @@ def fit_likelihood_labels(task: Task): # LikelihoodLabels
     named, r = labelled_softly(task, prior)
     negatives, of_negatives, stand_ins = labelled_negatives(task, prior)
     out = kept_out(len(named), task.config.kept_out, task.config.seed)
+    if task.config.kept_out: check_kept_out(named, out, r, stand_ins)
     def learner(_, config): return LikelihoodLabels(named[~out], config, r[~out], negatives, of_negatives)
     fitted = fit(learner, replace(task, labelled=lambda per_class: named))
     if task.config.kept_out:
