@@ -71,7 +71,7 @@ class LikelihoodLabelsConfig(SSLConfig):
     guidance: Annotated[float, Interval(ge=0, le=100)] = 3.0 # towards the words
     negative_steps: Count = 20 # DDIM steps of a negative
     hard_fraction: Annotated[float, Interval(gt=0, le=1)] = 1.0 # of the negatives, those most taken for a known class
-    kept_out: Annotated[float, Interval(ge=0, lt=1)] = 0.0 # of the unlabelled images, and so many further drawn ones (or words), to find the cut with; 0: UCDM's rule
+    kept_out: Annotated[float, Interval(ge=0, lt=1)] = 0.0 # of the images, for the cut; 0: UCDM's rule
 
     def __post_init__(self):
         if self.kept_out and not (self.negatives == "words" or self.negatives == "unconditional" and self.label_negatives):
@@ -205,7 +205,7 @@ def likelihoods_of(task: Task, prior, images: Tensor) -> Tensor: # r [N, K]
     errors = image_errors(prior, images, prompts, c.draws, cache=task.cache, progress=task.bars)
     return soft_labels((gains_by_level if c.by_level else gains)(errors), c.deviations == "common")[0]
 
-
+# %% ../../nbs/likelihood/05_likelihood_labels.ipynb #5d260011
 def labelled_softly(task: Task, prior) -> tuple[ImageSet, Tensor]: # likeliest labels, and r [N, K]
     "The unlabelled images of a task with the generator's soft labels. ValueError if some class is given to no image."
     r = likelihoods_of(task, prior, task.seeds.images)
