@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['HARDEST', 'soft_open_loss', 'soft_closed_loss', 'LikelihoodLabelsConfig', 'LikelihoodLabels', 'balanced_positions',
-           'hardest', 'cut_of', 'likelihoods_of', 'labelled_softly', 'drawn', 'negatives_of', 'labelled_negatives',
-           'check_kept_out', 'fit_likelihood_labels']
+           'hardest', 'looked_at', 'cut_of', 'likelihoods_of', 'labelled_softly', 'drawn', 'negatives_of',
+           'labelled_negatives', 'check_kept_out', 'fit_likelihood_labels']
 
 # %% ../../nbs/likelihood/05_likelihood_labels.ipynb #8d6e7b84
-from dataclasses import replace
+from dataclasses import field, replace
 from typing import Annotated, Literal
 
 import torch
@@ -26,7 +26,9 @@ from ..core.checked import settings, Template
 from ..data.images import ImageSet
 from .cut import best_cut, kept_out, kept_out_metrics, kept_out_words, other_score, with_cut
 from .errors import gains, gains_by_level, image_errors
-from .negatives import kept_negatives, read_words, VOCABULARY
+from ucdm.likelihood.negatives import (
+    kept_negatives, photographs_identity, read_photographs, read_words, some_photographs, VOCABULARY
+)
 from .two_components import soft_labels
 from ..method.losses import open_log_probs
 from ..method.pseudo_labels import other_driven
@@ -62,23 +64,34 @@ class LikelihoodLabelsConfig(SSLConfig):
     deviations: Literal["common", "own"] = "common" # of the two normal distributions that turn gains into labels
     balanced: bool = True # among the unlabelled images of a batch each class comes equally often, and "none" as often as one
     weak_fraction: Fraction = 0.5 # of each batch, in weak views; the rest in strong ones
-    negatives: Literal["unconditional", "words", "none"] = "unconditional" # what the generator draws
+    # what the generator draws, or photographs of other things
+    negatives: Literal["unconditional", "words", "photographs", "none"] = "unconditional"
     label_negatives: bool = True # the generator labels what it draws without a word, too; False: all of it is "other"
     # "vocabulary": what a small generator has learnt; a file, one a line; or the words themselves
     words: str | tuple[str, ...] = VOCABULARY
-    n_negatives: Count = 2560 # images that are drawn
+    photographs: str = field(default="", metadata=dict(before="")) # a data set or a folder; none shows a known class
+    without: tuple[str, ...] = field(default=(), metadata=dict(before=())) # classes of the data set that are left out
+    photographs_id: str = field(default="", metadata=dict(before="")) # 16 hex digits, filled in; if given, it must be these
+    n_negatives: Count = 2560 # images that are drawn, or photographs that are taken
     negative_fraction: Fraction = 0.5 # of each batch
     guidance: Annotated[float, Interval(ge=0, le=100)] = 3.0 # towards the words
     negative_steps: Count = 20 # DDIM steps of a negative
     hard_fraction: Annotated[float, Interval(gt=0, le=1)] = 1.0 # of the negatives, those most taken for a known class
+    # negatives among which the hardest are looked for, others each time; None: all
+    looked_at: Count | None = field(default=None, metadata=dict(before=None))
     kept_out: Annotated[float, Interval(ge=0, lt=1)] = 0.0 # of the images, for the cut; 0: UCDM's rule
 
     def __post_init__(self):
-        if self.kept_out and not (self.negatives == "words" or self.negatives == "unconditional" and self.label_negatives):
+        if (self.negatives == "photographs") != bool(self.photographs):
             raise ValueError(
-                f"kept_out needs negatives by words, or labelled ones, got negatives={self.negatives!r} and "
+                "negatives='photographs' needs the setting `photographs`, and only it does: a data set or a folder; got "
+                f"negatives={self.negatives!r} and photographs={self.photographs!r}.")
+        labelled = self.negatives == "unconditional" and self.label_negatives
+        if self.kept_out and not (self.negatives in ("words", "photographs") or labelled):
+            raise ValueError(
+                f"kept_out needs negatives by words, photographs or labelled ones, got negatives={self.negatives!r} and "
                 f"label_negatives={self.label_negatives}: nothing stands in for new classes.")
-        if self.negatives == "unconditional" and self.label_negatives and self.n_negatives < 4:
+        if labelled and self.n_negatives < 4:
             raise ValueError(f"n_negatives must be at least 4 where drawn images are labelled, got {self.n_negatives}.")
 
     @property
@@ -86,8 +99,13 @@ class LikelihoodLabelsConfig(SSLConfig):
         return max(1, round(self.kept_out * self.n_negatives)) if self.kept_out else 0
 
     def of_prior(self, prior: str): # LikelihoodLabelsConfig
-        "These settings with the words themselves, so that a result is kept under them and not under a file's name."
-        return replace(self, words=read_words(self.words, prior)) if self.negatives == "words" else self
+        "These settings with the words or the photographs' hash, so that a result is kept under them and not under a file's name."
+        if self.negatives == "words": return replace(self, words=read_words(self.words, prior))
+        if self.negatives != "photographs": return self
+        found = photographs_identity(self.photographs)
+        if self.photographs_id in ("", found): return replace(self, photographs_id=found)
+        raise ValueError(f"LikelihoodLabelsConfig.photographs_id: {self.photographs} holds {found or 'the published images'}, "
+                         f"not {self.photographs_id}.")
 
     def asked(self, n_seeds: int, n_known: int) -> dict[tuple, int]: # what runs share -> evaluations of the generator
         "What comes before the training: errors of the unlabelled images, and drawn images with theirs."
@@ -96,7 +114,7 @@ class LikelihoodLabelsConfig(SSLConfig):
         if self.negatives == "words":
             way = self.template, self.words, self.guidance, steps, self.kept_out
             return found | {("words", n, *way): 2 * (n + self.aside) * steps}
-        if self.negatives == "none": return found
+        if self.negatives in ("none", "photographs"): return found
         for images, of in ((n, ()), (self.aside, (self.kept_out,))):
             found["drawn", n, steps, *of] = images * steps
             if self.label_negatives: found["labels of drawn", n, steps, *errors, *of] = images * label
@@ -167,13 +185,21 @@ def hardest(other: Tensor, # what a network says for "other" [M]
     return other.argsort()[:max(1, round(fraction * len(other)))].cpu()
 
 # %% ../../nbs/likelihood/05_likelihood_labels.ipynb #52523827
+def looked_at(learner: LikelihoodLabels) -> Tensor: # int64, positions among all images
+    "The negatives among which the hardest are looked for after an epoch."
+    n, of = len(learner.labels) - learner.n_seeds, learner.config.looked_at
+    if not of or of >= n: return torch.arange(learner.n_seeds, len(learner.labels))
+    return learner.n_seeds + torch.randperm(n, generator=learner.rng("looked at"))[:of].sort().values
+
+
 @patch
 def after_epoch(self: LikelihoodLabels):
     if self.config.hard_fraction == 1 or self.n_seeds == len(self.labels): return {}
-    other = answers(self, self.images[self.n_seeds:])[1][:, -1]
-    known = self.targets[self.n_seeds:].sum(1).clamp(max=1).to(other.device)
+    of = looked_at(self)
+    other = answers(self, self.images[of.to(self.images.device)])[1][:, -1]
+    known = self.targets[of].sum(1).clamp(max=1).to(other.device)
     hard = hardest(torch.maximum(other, known), self.config.hard_fraction)
-    self.memory["hard"] = self.n_seeds + hard
+    self.memory["hard"] = of[hard]
     return {"hard_other": other[hard].mean().item()} # what the network says of them: should rise
 
 # %% ../../nbs/likelihood/05_likelihood_labels.ipynb #5c070004
@@ -229,9 +255,14 @@ def drawn(task: Task, prior, words: list[str], # [] for the empty prompt
 
 # %% ../../nbs/likelihood/05_likelihood_labels.ipynb #5c070010
 def negatives_of(task: Task, prior) -> tuple[Tensor | None, Tensor | None]: # uint8 [M, 3, H, W] each
-    "Drawn images to learn from, and some that are kept out: of other words, or further ones."
+    "Images of other things to learn from, and some that are kept out: drawn by other words, or further ones."
     c = task.config
     if c.negatives == "none": return None, None
+    if c.negatives == "photographs":
+        found = read_photographs(c.photographs, task.seeds.images.shape[-1], c.without)
+        task.report(f"photographs of other things: {len(found):,} in {c.photographs}")
+        images = some_photographs(found, c.n_negatives + c.aside)
+        return images[:c.n_negatives], images[c.n_negatives:] if c.aside else None
     words = negative_words(read_words(c.words, task.spec.prior), task.classes) if c.negatives == "words" else []
     out = kept_out_words(words, c.kept_out) if c.kept_out and words else []
     learnt = [w for w in words if w not in out]
