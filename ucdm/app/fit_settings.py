@@ -32,7 +32,7 @@ class FitSettings:
     prior: str = "fashion-mnist" # the generator: a packaged one, a folder, or an id of the hub
     size: Side = 32 # side to which photographs are brought, in pixels
     profile: Literal[tuple(PROFILES)] = "quick" # how long to train
-    preset: Literal["varied", "paper"] = "varied" # how the generator is asked for pairs
+    preset: Literal["varied", "paper", "likelihood"] = "varied" # what the generator is asked for
     fit: Literal["crop", "pad", "squash"] = "crop" # how a photograph becomes a square
     alpha: Literal["white", "grey", "black"] = "white" # what shows behind transparent parts
     on_error: Literal["stop", "skip"] = "stop" # at a photograph that cannot be read
@@ -53,7 +53,7 @@ def deciding(settings: dict, # of a `FitSettings`
 # %% ../../nbs/app/06_fit_settings.ipynb #38dbb010
 def pair_config(s: FitSettings) -> PairConfig:
     "How pairs are generated: from noise with little guidance, or by the paper's settings (Table 16)."
-    return PairConfig.preset(s.preset, seed=s.seed)
+    return PairConfig.preset("paper" if s.preset == "paper" else "varied", seed=s.seed)
 
 # %% ../../nbs/app/06_fit_settings.ipynb #ccd17d0f
 def train_config(s: FitSettings) -> TrainConfig:

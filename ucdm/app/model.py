@@ -23,7 +23,7 @@ from torch import Tensor
 from .cut import answers, CutPoint, Fraction, tempered
 from .network import LARGEST, network, network_name, SMALLEST
 from ..core.checked import checked, Count
-from ..core.device import default_device, is_out_of_memory
+from ..core.device import default_device, is_out_of_memory, mixed_precision
 from ..core.files import ASSETS, clear_partials, printable, Unusable, write_atomic
 from ..data.class_names import check_class_names
 from ..data.image_files import is_hidden
@@ -112,8 +112,7 @@ def predict(self: Model, images: Tensor, # uint8 [N, 3, H, W]
     "Probabilities at the model's temperature. ValueError as for `sized`."
     images, found = self.sized(images), [torch.zeros(0, len(self.answers), dtype=torch.double)]
     device = next(self.parameters()).device
-    mixed = torch.autocast(device.type, PRECISIONS[self.precision], enabled=self.precision != "float32")
-    with batch_norm_mode(self.network), mixed:
+    with batch_norm_mode(self.network), mixed_precision(device, PRECISIONS[self.precision]):
         for x in images.split(batch_size) if len(images) else ():
             closed, open_logits = (t.cpu().double() for t in self.network(normalise(x.to(device))))
             found.append(other_driven(closed.softmax(1), open_logits.softmax(1)))

@@ -55,6 +55,9 @@ class TwoHeadResNet(nn.Module):
     @property
     def bn(self) -> nn.BatchNorm2d: return self.trunk.bn1 # whose scale and shift are asked for in training
 
+    @property
+    def stem(self) -> nn.Conv2d: return self.trunk.conv1 # where a learner counts its images
+
     def features(self, x: Tensor) -> Tensor: # float32 [B, 512]
         "The pooled features that both heads read."
         return self.trunk((x * .5 + .5 - self.mean) / self.std).float()

@@ -44,6 +44,6 @@ class SSLConfig:
     bn_statistics: Literal["moving", "seeds"] = "moving"
     other: Literal["never", "msp", "energy"] = "never" # how a method without an "other" of its own answers it
     seed: Seed = 0 # of the initial weights, order and views
-    precision: Literal["float32", "bfloat16"] = "bfloat16" # of the trunk (autocast); heads and losses stay float32
+    precision: Literal["float32", "bfloat16"] = "bfloat16" # of the trunk, where the hardware has it; heads and losses stay float32
     depth: Depth = 28 # of the WideResNet
     width: Width = 2 # of the WideResNet

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .batches import Drawn, Stream
 from .config import SCHEDULES, SSLConfig
-from ..core.device import default_device
+from ..core.device import default_device, mixed_precision
 from ..core.randomness import generator
 from ..data.images import ImageSet
 from ..evaluation.rejection import CONFIDENCES, with_other
@@ -161,8 +161,7 @@ def __repr__(self: Learner):
 @patch
 def autocast(self: Learner): # context manager
     "The precision of the trunk."
-    precision = self.config.precision
-    return torch.autocast(self.device.type, PRECISIONS[precision], enabled=precision != "float32")
+    return mixed_precision(self.device, PRECISIONS[self.config.precision])
 
 @patch
 def features(self: Learner, *views: Tensor, model: nn.Module|None=None) -> tuple[Tensor, ...]: # each float32 [B, F]

@@ -23,7 +23,7 @@ from .config import Rate
 from .image_text_model import load_image_text_model, save_model, small_model
 from .zero_shot_rules import closed_set
 from ..core.checked import Count, Seed, settings
-from ..core.device import default_device
+from ..core.device import default_device, mixed_precision
 from ..core.files import write_atomic
 from ..core.randomness import step_generator
 from ..data.datasets import load_dataset
@@ -95,7 +95,7 @@ RECIPES = { # by the generator whose world it is
 def _batch_loss(model: CLIPModel, images: Tensor, tokens: Tensor) -> Tensor: # uint8 [B, 3, 32, 32], int64 [B, L] -> scalar
     "The loss of a batch; each caption goes through the text tower once."
     rows, captions = tokens.unique(dim=0, return_inverse=True)
-    with torch.autocast(images.device.type, torch.bfloat16):
+    with mixed_precision(images.device):
         u = model.get_image_features(pixel_values=normalise(images)).pooler_output
         v = model.get_text_features(input_ids=rows).pooler_output[captions]
     u, v = (F.normalize(x.float(), dim=-1) for x in (u, v))

@@ -21,7 +21,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core.device import choose_attention, compiled, default_device
+from ..core.device import choose_attention, compiled, default_device, mixed_precision
 from ..core.files import write_atomic
 from ..core.randomness import step_generator
 from ..data.images import ImageSet, to_float
@@ -156,7 +156,7 @@ def train_vae(
         g = step_generator(config.seed, "vae", step)
         x = to_float(images[torch.randint(len(images), (config.vae_batch,), generator=g).to(images.device)])
         x = x.to(device, memory_format=torch.channels_last)
-        with torch.autocast(device, torch.bfloat16):
+        with mixed_precision(device):
             loss = loss_of(x, _normal((config.vae_batch, config.latent_channels, 16, 16), g, device))
         loss.backward()
         optimizer.step(); scheduler.step(); optimizer.zero_grad()
@@ -285,7 +285,7 @@ def train_unet(
         z, at = _normal((2, n, *mean.shape[1:]), g, device), index.to(mean.device)
         x0 = (mean[at].to(device).float() + std[at].to(device).float() * z[0]).to(memory_format=torch.channels_last)
         t = ((torch.arange(n) + torch.rand(n, generator=g)) * (1000 / n)).long().to(device)
-        with torch.autocast(device, torch.bfloat16):
+        with mixed_precision(device):
             hidden = state.text(sampler(labels[image], adjective[image], g).to(device)).last_hidden_state
             return (weight[t] * errors_of(x0, z[1].to(memory_format=torch.channels_last), t, hidden)).mean()
 

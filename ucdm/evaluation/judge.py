@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save as save_bytes
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core.device import default_device
+from ..core.device import default_device, mixed_precision
 from ..core.files import ASSETS, write_atomic
 from ..data.images import ImageSet
 from ..method.pair_store import PairSet
@@ -86,7 +86,7 @@ def train_judge(
         if shift:
             (i, j), x = torch.randint(2 * shift + 1, (2,)).tolist(), F.pad(x, (shift,) * 4, value=-1)
             x = x[..., i:i + 32, j:j + 32].contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device, torch.bfloat16): logits = model(torch.where(flip, x.flip(-1), x))[0]
+        with mixed_precision(device): logits = model(torch.where(flip, x.flip(-1), x))[0]
         loss = F.cross_entropy(logits.float(), train.labels[index].to(device))
         loss.backward(); optimizer.step(); scheduler.step(); optimizer.zero_grad()
     judge = Judge(model, train.classes, dict(trained_on=train.name, n_images=len(train), epochs=epochs, depth=depth))

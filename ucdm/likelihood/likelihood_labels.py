@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HARDEST', 'soft_open_loss', 'soft_closed_loss', 'LikelihoodLabelsConfig', 'LikelihoodLabels', 'balanced_positions',
-           'hardest', 'looked_at', 'cut_of', 'likelihoods_of', 'labelled_softly', 'drawn', 'negatives_of',
+           'hardest', 'looked_at', 'cut_of', 'likelihoods_of', 'named_by', 'labelled_softly', 'drawn', 'negatives_of',
            'labelled_negatives', 'check_kept_out', 'fit_likelihood_labels']
 
 # %% ../../nbs/likelihood/05_likelihood_labels.ipynb #8d6e7b84
@@ -232,9 +232,9 @@ def likelihoods_of(task: Task, prior, images: Tensor) -> Tensor: # r [N, K]
     return soft_labels((gains_by_level if c.by_level else gains)(errors), c.deviations == "common")[0]
 
 # %% ../../nbs/likelihood/05_likelihood_labels.ipynb #5d260011
-def labelled_softly(task: Task, prior) -> tuple[ImageSet, Tensor]: # likeliest labels, and r [N, K]
-    "The unlabelled images of a task with the generator's soft labels. ValueError if some class is given to no image."
-    r = likelihoods_of(task, prior, task.seeds.images)
+def named_by(task: Task, r: Tensor, # soft labels of its unlabelled images [N, K]
+            ) -> ImageSet: # with the likeliest labels
+    "The unlabelled images of a task with a label in words. ValueError if some class is given to no image."
     best = r.max(1)
     labels = torch.where(best.values > 0.5, best.indices, -1)
     counts = {name: int((labels == k).sum()) for k, name in enumerate(task.classes)}
@@ -244,7 +244,13 @@ def labelled_softly(task: Task, prior) -> tuple[ImageSet, Tensor]: # likeliest l
             f"the generator finds {', '.join(missing)} in none of the {len(labels)} unlabelled images, so a network "
             "cannot learn it from them: take another generator or other class names, or more images."
         )
-    return ImageSet(task.seeds.images, labels, task.classes, task.seeds.name), r
+    return ImageSet(task.seeds.images, labels, task.classes, task.seeds.name)
+
+
+def labelled_softly(task: Task, prior) -> tuple[ImageSet, Tensor]: # likeliest labels, and r [N, K]
+    "The unlabelled images of a task with the generator's soft labels. ValueError as `named_by`."
+    r = likelihoods_of(task, prior, task.seeds.images)
+    return named_by(task, r), r
 
 # %% ../../nbs/likelihood/05_likelihood_labels.ipynb #88e5baed
 def drawn(task: Task, prior, words: list[str], # [] for the empty prompt

@@ -13,7 +13,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..core.device import default_device
+from ..core.device import default_device, mixed_precision
 from ..core.randomness import generator
 from ..core.tensor_files import read_tensors, write_tensors
 from .batch_norm import batch_norm_mode
@@ -47,9 +47,7 @@ class UCDM:
 
     def autocast(self): # context manager
         "The precision of the forward pass."
-        return torch.autocast(
-            self.device.type, PRECISIONS[self.config.precision], enabled=self.config.precision != "float32"
-        )
+        return mixed_precision(self.device, PRECISIONS[self.config.precision])
 
     def __repr__(self):
         done = sum(h["kind"] == "epoch" for h in self.history)

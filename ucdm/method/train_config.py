@@ -54,7 +54,7 @@ class TrainConfig:
     use_known: bool=True # second term of Eq. 12: real images labelled with a known class
     use_other: bool=True # third term of Eq. 12: real images labelled "other"
     seed: Seed=0 # of the initial weights, the order of batches, flips, and the random class of "others"
-    precision: Literal[tuple(PRECISIONS)]="bfloat16" # of the forward pass; bfloat16 by autocast, weights stay float32
+    precision: Literal[tuple(PRECISIONS)]="bfloat16" # of the forward pass; bfloat16 where the hardware has it, weights stay float32
     compile: bool=False # torch.compile, where a compiler is found
     depth: Depth=28 # of the WideResNet
     width: Width=2 # of the WideResNet
