@@ -27,14 +27,13 @@ from ..diffusion.prior import Prior
 from ucdm.likelihood.likelihood_labels import (
     labelled_negatives, likelihoods_of, LikelihoodLabels, LikelihoodLabelsConfig, named_by
 )
-from ..method.pseudo_labels import other_driven
 from ..runs.registry import Task
 from ..runs.spec import RunSpec
 
 # %% ../../nbs/app/09_likelihood_training.ipynb #4a1c0007
 FEWEST = 20 # photographs: of fewer a mixture of two kinds says nothing
 LEAST_PASSES = 12_000 # of images through the network
-DRAWN = 960, 2560 # images that are drawn, at least and at most
+DRAWN = 240, 2560 # images that are drawn, at least and at most
 
 def likelihood_config(s: FitSettings, n: int, # photographs
                       n_known: int, # K

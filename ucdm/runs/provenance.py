@@ -71,9 +71,10 @@ def answering(fitted, # a classifier
 
 # %% ../../nbs/runs/05_provenance.ipynb #eb525c0d
 def provenance() -> dict:
-    "Versions, commit, device, and the time now (UTC)."
+    "Versions, commit, device, whether this computes with bfloat16, and the time now (UTC)."
     from importlib.metadata import PackageNotFoundError, version
     import torch
+    from ucdm.core.device import computes_bfloat16, default_device
     def of(package):
         try: return version(package)
         except PackageNotFoundError: return None
@@ -84,6 +85,7 @@ def provenance() -> dict:
         packages=packages,
         system=f"{platform.system()} {platform.machine()}",
         device=device_name(torch),
+        bfloat16=computes_bfloat16(torch.device(default_device()).type),
         threads=torch.get_num_threads(),
         **git_state(),
     )
