@@ -107,18 +107,21 @@ class LikelihoodLabelsConfig(SSLConfig):
         raise ValueError(f"LikelihoodLabelsConfig.photographs_id: {self.photographs} holds {found or 'the published images'}, "
                          f"not {self.photographs_id}.")
 
-    def asked(self, n_seeds: int, n_known: int) -> dict[tuple, int]: # what runs share -> evaluations of the generator
-        "What comes before the training: errors of the unlabelled images, and drawn images with theirs."
-        n, label, steps = self.n_negatives, (n_known + 1) * self.draws, self.negative_steps
-        errors, found = (self.template, self.draws), {("errors", self.template, self.draws): n_seeds * label}
-        if self.negatives == "words":
-            way = self.template, self.words, self.guidance, steps, self.kept_out
-            return found | {("words", n, *way): 2 * (n + self.aside) * steps}
-        if self.negatives in ("none", "photographs"): return found
-        for images, of in ((n, ()), (self.aside, (self.kept_out,))):
-            found["drawn", n, steps, *of] = images * steps
-            if self.label_negatives: found["labels of drawn", n, steps, *errors, *of] = images * label
-        return found
+# %% ../../nbs/likelihood/05_likelihood_labels.ipynb #5d260031
+@patch
+def asked(self: LikelihoodLabelsConfig, n_seeds: int, n_known: int, # N, K
+         ) -> dict[tuple, int]: # what runs share -> evaluations of the generator
+    "What comes before the training: errors of the unlabelled images, and drawn images with theirs."
+    n, label, steps = self.n_negatives, (n_known + 1) * self.draws, self.negative_steps
+    errors, found = (self.template, self.draws), {("errors", self.template, self.draws): n_seeds * label}
+    if self.negatives == "words":
+        way = self.template, self.words, self.guidance, steps, self.kept_out
+        return found | {("words", n, *way): 2 * (n + self.aside) * steps}
+    if self.negatives in ("none", "photographs"): return found
+    for images, of in ((n, ()), (self.aside, (self.kept_out,))):
+        found["drawn", n, steps, *of] = images * steps
+        if self.label_negatives: found["labels of drawn", n, steps, *errors, *of] = images * label
+    return found
 
 # %% ../../nbs/likelihood/05_likelihood_labels.ipynb #46f09137
 class LikelihoodLabels(Learner):
