@@ -250,3 +250,23 @@ def test_a_freeze_that_never_comes_is_said(tmp_path):
         warnings.simplefilter("error")
         train(None, config=throughout)
         train(None, config=CONFIG)
+
+
+@pytest.mark.parametrize("there", (True, False))
+def test_bfloat16_only_where_the_hardware_has_it(monkeypatch, there):
+    "What a classifier, a compared method and a model compute in, where the hardware has bfloat16 and where it has not."
+    from ucdm.app.model import Model
+    from ucdm.baselines.learner import Learner
+    from ucdm.data.images import ImageSet
+    monkeypatch.setattr("ucdm.core.device.computes_bfloat16", lambda kind: there)
+    seen, images = [], torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    def note(module, inputs, output): seen.append(output.dtype)
+    small = dict(depth=10, width=1, precision="bfloat16")
+    ucdm = UCDM(["a", "b"], TrainConfig(**small), device="cpu")
+    learner = Learner(ImageSet(images, torch.tensor([0, 1]), ("a", "b"), "two"), Learner.Config(**small), "cpu")
+    for network, ask in ((ucdm.model, lambda: ucdm.predict(images)),
+                         (learner.model, lambda: learner.features(images.float(), model=learner.model)),
+                         ((model := Model(["a", "b"], **small)).network, lambda: model.predict(images))):
+        network.stem.register_forward_hook(note)
+        ask()
+    assert seen == [torch.bfloat16 if there else torch.float32] * 3

@@ -109,13 +109,14 @@ def fit_command(
     on_error: str = ON_ERROR,
     max_pixels: int = MAX_PIXELS,
     weights: str = typer.Option("imagenet", help="what a ResNet-18 starts from, where it can be had; or none"),
-    held_out: float = typer.Option(0.1, help="fraction of the photographs that nothing is learnt from: their pairs say how "
-                                   "sure the probabilities may be"),
+    held_out: float = typer.Option(0.1, help="fraction of the photographs that nothing is learnt from: their pairs, or "
+                                   "what the generator says of them, say how sure the probabilities may be"),
     keep_cut: Path = typer.Option(None, help="an earlier model of these classes: answer as many photographs with other as "
                                   "its cut does", show_default=False),
     seed: int = typer.Option(0, help="another number gives other noise, another order and other first weights"),
     unknown_words: bool = UNKNOWN,
-    work: Path = typer.Option(None, help="folder for pairs and checkpoints [default: OUT.work]", show_default=False),
+    work: Path = typer.Option(None, help="folder for pairs, or what the generator said, and checkpoints [default: OUT.work]",
+                             show_default=False),
     device: str = DEVICE,
 ):
     "Learn a classifier from unlabelled photographs and class names. Stopped, the same command goes on."

@@ -151,8 +151,9 @@ def _finished(out: Path, spec: dict, device: str | None = None) -> Model | None:
     there = model.about.get("specification", {}) | dict(classes=list(model.classes))
     if _decided(there) == _decided(spec): return model
     preset = there.get("settings", {}).get("preset", "paper") # of earlier versions
-    as_there = spec | dict(settings=spec.get("settings", {}) | dict(preset=preset), pairs=there.get("pairs", {}))
-    if _decided(there) == _decided(as_there):
+    follows = {k: there.get(k, {}) for k in ("pairs", "training")} # from the other fields
+    as_there = spec | dict(settings=spec.get("settings", {}) | dict(preset=preset)) | follows
+    if preset != spec.get("settings", {}).get("preset") and _decided(there) == _decided(as_there):
         raise ValueError(f"out: {out} holds a model made with --preset {preset}; give that, or another name, or delete it.")
     raise ValueError(f"out: {out} holds a model of other photographs or settings; give another name, or delete it.")
 
@@ -237,7 +238,8 @@ class Job:
     @property
     def pairs_folder(self) -> Path: # one for each generator, list of classes and size
         what = canonical([self.spec[k] for k in ("prior", "pairs", "classes")])
-        return self.work / f"pairs-{hashlib.sha256(what.encode()).hexdigest()[:8]}-{self.s.size}"
+        kind = "pairs" if self.spec["pairs"] else "likelihoods" # a name alone, for whose folder see `said_folder`
+        return self.work / f"{kind}-{hashlib.sha256(what.encode()).hexdigest()[:8]}-{self.s.size}"
 
     @property
     def checkpoint(self) -> Path: return self.work / f"training-{self.spec['hash']}.ckpt"
@@ -249,10 +251,10 @@ class Job:
 def _note_call(job: Job) -> list[dict]: # the calls that worked on this model or its pairs, this one last
     "Add this call, with commit, versions and device, to those that the work folder knows of."
     from ucdm.runs.provenance import provenance
-    file, this = job.work / CALLS, dict(fit=job.spec["hash"], pairs=(job.pairs_folder if job.spec["pairs"] else job.said_folder).name)
+    file, this = job.work / CALLS, dict(fit=job.spec["hash"], pairs=job.pairs_folder.name)
     try: before = json.loads(file.read_text(encoding="utf-8"))["calls"]
     except (OSError, ValueError, KeyError): before = [] # none, or a damaged list: no reason to stop
-    calls = [*before, this | provenance() | dict(computed_on=job.device)]
+    calls = [*before, this | provenance(job.device) | dict(computed_on=job.device)]
     atomic_json(file, dict(calls=calls))
     return [c for c in calls if c["fit"] == this["fit"] or c["pairs"] == this["pairs"]]
 

@@ -126,6 +126,7 @@ def curves(a: Answers) -> list[dict]: # title, what is on the axes, lines as (na
     if epochs > 1:
         top = max(h["loss"])
         found.append(dict(title="Loss", x=f"{epochs} epochs", y=f"{top:.2f}", lines=[("loss", polyline(h["loss"]))]))
+    if epochs > 1 and a.model.about.get("preset") != "likelihood": # whose labels stay as they are
         total = max(sum(s) for s in zip(h["generated"], h["known"], h["other"]))
         sets = [(n, polyline(h[k], high=total)) for n, k in (("labelled with a class", "known"), ("labelled other", "other"))]
         found.append(dict(title="Photographs labelled by itself", x=f"{epochs} epochs", y=f"{total:,}", lines=sets))
@@ -152,7 +153,7 @@ def facts(a: Answers) -> dict[str, str]:
         "temperature": warm,
     }
     keys = {
-        "unlabelled photographs": "photos", "with a label": "labelled", "generator": "prior", "profile": "profile",
+        "unlabelled photographs": "photos", "with a label": "labelled", "generator": "prior", "profile": "profile", "preset": "preset",
         "network starts from": "weights", "random seed": "seed", "trained": "started", "took": "duration",
         "device": "device", "commit": "commit",
     }
@@ -194,6 +195,7 @@ def write_page(a: Answers, folder: Path | str) -> Path: # its index.html
     page = _TEMPLATES.get_template("gallery.html.j2").render(
         title=f"{', '.join(a.model.classes)}, or other?", folder=str(a.found.folder), n=len(a), counts=a.counts,
         cut=a.cut, data=page_data(a, folder, thumbs), curves=curves(a), facts=facts(a), sheet=SHEET if a.model.sheet else "",
+        taught=a.model.about.get("preset"),
         skipped=[tuple(s) for s in a.found.skipped], script=script, digest=digest,
     )
     return write_atomic(folder / "index.html", page.encode("utf-8", "replace"))

@@ -7,8 +7,8 @@ __all__ = ['FEWEST', 'LEAST_PASSES', 'DRAWN', 'SURE', 'likelihood_config', 'Size
            'label_temperature', 'label_sheet', 'taught']
 
 # %% ../../nbs/app/09_likelihood_training.ipynb #4a1c0004
-import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cut import fit_temperature
+from .cut import fit_temperature, LEAST
 from .fit_settings import FitSettings, PROFILES, train_config
 from .network import network, network_name, SizedUCDM
 from .pair_sheet import sheet_of
@@ -45,7 +45,8 @@ def likelihood_config(s: FitSettings, n: int, # photographs
     passes = profile["rounds"] * profile["epochs_per_round"] * 2 * n_known * n
     few, drawn = n < 1000, min(max(n, DRAWN[0]), DRAWN[1])
     return LikelihoodLabelsConfig(
-        seed=s.seed, depth=c.depth, width=c.width, precision=c.precision, image_passes=max(passes, LEAST_PASSES), epochs=24,
+        seed=s.seed, depth=c.depth, width=c.width, precision=c.precision, image_passes=max(passes, LEAST_PASSES),
+        epochs=profile["rounds"] * profile["epochs_per_round"],
         batch_size=16 if few else 32, ema=0.99, n_negatives=drawn, lr=0.03 if network_name(s.size) == "wideresnet" else 0.01,
     )
 
@@ -97,11 +98,12 @@ def sure_labels(r: Tensor, # soft labels [N, K]
     return torch.where(best.values > SURE, best.indices, other)
 
 
-def label_temperature(learner: LikelihoodLabels, images: Tensor, r: Tensor) -> float: # images kept aside; their soft labels
+def label_temperature(learner: LikelihoodLabels, images: Tensor, r: Tensor, # images kept aside; their soft labels
+                     ) -> tuple[float, int]: # and by how many it was found; 1 and 0 for fewer than `LEAST`
     "The temperature at which the generator's sure labels of photographs that were kept aside are likeliest."
     sure = sure_labels(r)
     at = (sure >= 0).nonzero()[:, 0]
-    return fit_temperature(answers(learner, images[at])[1], sure[at]) if len(at) else 1.0
+    return (fit_temperature(answers(learner, images[at])[1], sure[at]), len(at)) if len(at) >= LEAST else (1.0, 0)
 
 # %% ../../nbs/app/09_likelihood_training.ipynb #4a1c0016
 def label_sheet(images: Tensor, # photographs, uint8 [N, 3, H, W]
@@ -132,13 +134,14 @@ def taught(photos: Tensor, # uint8 [N, 3, size, size]
     everything = ImageSet(photos, torch.full((len(photos),), -1), classes)
     task = Task(RunSpec(method="likelihood_labels"), config, everything, classes, None, None, checkpoint, tell, progress, cache)
     tell(f"{sum(config.asked(len(photos), len(classes)).values()):,} questions to the generator, into {cache}")
-    r = with_given(likelihoods_of(task, prior, photos), labels)
-    named = named_by(task, r)
-    drawn, of_drawn, _ = labelled_negatives(task, prior)
+    said = likelihoods_of(task, prior, photos)
     learnt = torch.ones(len(photos), dtype=torch.bool).index_fill(0, aside, False)
-    tell(f"training a {network_name(s.size)} on {int(learnt.sum()):,} photographs and {len(drawn):,} drawn images")
-    learner = SizedLabels(named[learnt], config, r[learnt], to_side(drawn, s.size), of_drawn, device, size=s.size, weights=weights)
+    r = with_given(said, labels)[learnt]
+    named = named_by(replace(task, seeds=everything[learnt]), r)
+    drawn, of_drawn, _ = labelled_negatives(task, prior)
+    tell(f"training a {network_name(s.size)} on {len(named):,} photographs and {len(drawn):,} drawn images")
+    learner = SizedLabels(named, config, r, to_side(drawn, s.size), of_drawn, device, size=s.size, weights=weights)
     learner.notes["weights"] = note["weights"]
     train(learner, checkpoint, callback, progress=False)
-    temperature = label_temperature(learner, photos[aside], r[aside])
-    return learner.sized_ucdm(s), temperature, len(aside), label_sheet(photos, r, classes)
+    temperature, sure = label_temperature(learner, photos[aside], said[aside])
+    return learner.sized_ucdm(s), temperature, sure, label_sheet(photos, said, classes)

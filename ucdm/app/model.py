@@ -207,7 +207,7 @@ def check_place(place: Path | str, # to be written
         raise Unusable(f"{what}: {printable(above)} cannot be written to ({e.strerror}); give a place that can.") from None
 
 # %% ../../nbs/app/05_model.ipynb #8c442b20
-SHEET = "pairs.webp" # some pairs that the model learnt from
+SHEET = "pairs.webp" # some pairs that the model learnt from, or photographs with what the generator said
 FILES = ("model.safetensors", SHEET, "README.md", "config.json") # of a model, in the order of writing
 
 @patch
@@ -282,7 +282,7 @@ def keep_cut(self: Model, point: CutPoint, # found with the probabilities of thi
 # %% ../../nbs/app/05_model.ipynb #7c1b2a3d
 @patch
 def push_to_hub(self: Model, repo_id: str, # such as "me/shirts"
-                photographs: bool = False, # whether the sheet of pairs, with ten of your photographs, goes along
+                photographs: bool = False, # whether the sheet, with some of your photographs, goes along
                 licence: str | None = None, # of the model, such as "mit", for the card
                 **more, # arguments of the hub's own `push_to_hub`: private, token, branch ...
                ) -> str: # address of the commit

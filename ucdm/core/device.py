@@ -42,7 +42,7 @@ def computes_bfloat16(kind: str, # 'cpu', 'cuda' or 'mps'
                      ) -> bool:
     "Whether the hardware computes with bfloat16, and PyTorch does not imitate it."
     if kind == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
-    if kind != "cpu" or not torch.ops.mkldnn._is_mkldnn_bf16_supported(): return False
+    if kind != "cpu" or not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported(): return False
     x86 = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
     return not x86 or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HARDEST', 'soft_open_loss', 'soft_closed_loss', 'LikelihoodLabelsConfig', 'LikelihoodLabels', 'balanced_positions',
-           'hardest', 'looked_at', 'cut_of', 'likelihoods_of', 'named_by', 'labelled_softly', 'drawn', 'negatives_of',
-           'labelled_negatives', 'check_kept_out', 'fit_likelihood_labels']
+           'hardest', 'looked_at', 'cut_of', 'likelihoods_of', 'named_by', 'labelled_softly', 'drawn', 'photographs_of',
+           'negatives_of', 'labelled_negatives', 'check_kept_out', 'fit_likelihood_labels']
 
 # %% ../../nbs/likelihood/05_likelihood_labels.ipynb #8d6e7b84
 from dataclasses import field, replace
@@ -99,7 +99,7 @@ class LikelihoodLabelsConfig(SSLConfig):
         return max(1, round(self.kept_out * self.n_negatives)) if self.kept_out else 0
 
     def of_prior(self, prior: str): # LikelihoodLabelsConfig
-        "These settings with the words or the photographs' hash, so that a result is kept under them and not under a file's name."
+        "These settings with the words themselves, or with a hash of the photographs beside their name."
         if self.negatives == "words": return replace(self, words=read_words(self.words, prior))
         if self.negatives != "photographs": return self
         found = photographs_identity(self.photographs)
@@ -241,7 +241,7 @@ def named_by(task: Task, r: Tensor, # soft labels of its unlabelled images [N, K
     best = r.max(1)
     labels = torch.where(best.values > 0.5, best.indices, -1)
     counts = {name: int((labels == k).sum()) for k, name in enumerate(task.classes)}
-    task.report(f"the generator's labels: {', '.join(f'{n} {m}' for n, m in counts.items())}, other {int((labels < 0).sum())}")
+    task.report(f"labelled as likeliest: {', '.join(f'{n} {m}' for n, m in counts.items())}, other {int((labels < 0).sum())}")
     if missing := [name for name, n in counts.items() if not n]:
         raise ValueError(
             f"the generator finds {', '.join(missing)} in none of the {len(labels)} unlabelled images, so a network "
@@ -262,13 +262,23 @@ def drawn(task: Task, prior, words: list[str], # [] for the empty prompt
     c, prompts = task.config, [task.config.template.format(w) for w in words] or [""]
     return kept_negatives(prior, prompts, n, c.guidance, c.negative_steps, cache=task.cache, progress=task.bars)
 
+# %% ../../nbs/likelihood/05_likelihood_labels.ipynb #5d260041
+def photographs_of(task: Task) -> ImageSet:
+    "Photographs of other things. ValueError for too few, for a known class among them, and as `read_photographs`."
+    c = task.config
+    found = read_photographs(c.photographs, task.seeds.images.shape[-1], c.without)
+    some_photographs(found, c.n_negatives + c.aside)
+    if known := [name for name in task.classes if name in found.classes and name not in c.without]:
+        raise ValueError(f"photographs: {c.photographs} shows {', '.join(known)}, which is to be learnt; leave it out with `without`.")
+    return found
+
 # %% ../../nbs/likelihood/05_likelihood_labels.ipynb #5c070010
 def negatives_of(task: Task, prior) -> tuple[Tensor | None, Tensor | None]: # uint8 [M, 3, H, W] each
     "Images of other things to learn from, and some that are kept out: drawn by other words, or further ones."
     c = task.config
     if c.negatives == "none": return None, None
     if c.negatives == "photographs":
-        found = read_photographs(c.photographs, task.seeds.images.shape[-1], c.without)
+        found = photographs_of(task)
         task.report(f"photographs of other things: {len(found):,} in {c.photographs}")
         images = some_photographs(found, c.n_negatives + c.aside)
         return images[:c.n_negatives], images[c.n_negatives:] if c.aside else None
@@ -310,6 +320,7 @@ def check_kept_out(named: ImageSet, # unlabelled images with the likeliest label
 def fit_likelihood_labels(task: Task): # LikelihoodLabels
     "A WideResNet that learns a generator's likelihoods of the unlabelled images, and of what it draws."
     prior = run_prior(task.spec)
+    if task.config.negatives == "photographs": photographs_of(task)
     named, r = labelled_softly(task, prior)
     negatives, of_negatives, stand_ins = labelled_negatives(task, prior)
     out = kept_out(len(named), task.config.kept_out, task.config.seed)

@@ -23,6 +23,7 @@ from ..core.batching import AdaptiveBatches
 from ..core.checked import nearest
 from ..core.files import canonical, locked
 from ..core.randomness import generator
+from ..core.remembered import remembered, signature
 from ..core.tensor_files import read_tensors, write_tensors
 from ..data.class_names import CLASSES
 from ..data.datasets import load_dataset
@@ -136,7 +137,9 @@ def read_photographs(source: str, # a data set, or a folder of images
 # %% ../../nbs/likelihood/03_negatives.ipynb #3c070024
 def photographs_identity(source: str, size: int = 32) -> str: # 16 hex digits; "" for the published images of a data set
     "Which images are meant, by their content."
-    return data_identity(source) or "" if source in CLASSES else read_photographs(source, size).fingerprint[:16]
+    if source in CLASSES: return data_identity(source) or ""
+    work_out = lambda: read_photographs(source, size).fingerprint[:16]
+    return remembered(f"photographs {size} {signature(Path(source))}", work_out)
 
 # %% ../../nbs/likelihood/03_negatives.ipynb #3c070027
 def some_photographs(found: ImageSet, n: int, seed: int = 0) -> Tensor: # uint8 [n, 3, H, W]

@@ -70,8 +70,9 @@ def answering(fitted, # a classifier
     return dict(parameters=sum(p.numel() for m in networks(fitted) for p in m.parameters()), ms=round(milliseconds, 3))
 
 # %% ../../nbs/runs/05_provenance.ipynb #eb525c0d
-def provenance() -> dict:
-    "Versions, commit, device, whether this computes with bfloat16, and the time now (UTC)."
+def provenance(on: str | None = None, # device; None: the one that would be chosen
+              ) -> dict:
+    "Versions, commit, the machine's device, whether that in use computes with bfloat16, and the time now (UTC)."
     from importlib.metadata import PackageNotFoundError, version
     import torch
     from ucdm.core.device import computes_bfloat16, default_device
@@ -85,7 +86,7 @@ def provenance() -> dict:
         packages=packages,
         system=f"{platform.system()} {platform.machine()}",
         device=device_name(torch),
-        bfloat16=computes_bfloat16(torch.device(default_device()).type),
+        bfloat16=computes_bfloat16(torch.device(default_device(on)).type),
         threads=torch.get_num_threads(),
         **git_state(),
     )
