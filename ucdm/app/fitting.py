@@ -294,7 +294,7 @@ def _by_likelihoods(job: Job, weights: dict | None, progress: bool) -> tuple[Siz
     _, aside = split_held_out(found.labels, s.held_out, s.seed)
     epochs = likelihood_config(s, len(found.images), len(job.classes)).epochs
     return taught(found.images, found.labels, job.classes, job.prior, s, aside, job.said_folder, job.checkpoint, job.device,
-                  weights, starting_note(weights), job.tell, _lines(epochs, job.tell), progress)
+                  weights, starting_note(weights), job.tell, lambda: _lines(epochs, job.tell), progress)
 
 # %% ../../nbs/app/10_fitting.ipynb #8edba5e1
 def _model(job: Job, began: float, progress: bool) -> Model:

@@ -126,7 +126,7 @@ def taught(photos: Tensor, # uint8 [N, 3, size, size]
            weights: dict | None, # what a ResNet-18 starts from
            note: dict, # the entry of the history that says so
            tell: Callable, # takes a line
-           callback: Callable | None = None, # called as callback(entry, learner) after every epoch
+           lines: Callable = lambda: None, # called as the training begins, gives what is called after every epoch: (entry, learner)
            progress: bool = True,
           ) -> tuple[SizedUCDM, float, int, bytes]: # trained; temperature; photographs it comes from; the sheet
     "A classifier taught by likelihoods. ValueError for too few photographs, or a class that the generator finds in none."
@@ -142,6 +142,6 @@ def taught(photos: Tensor, # uint8 [N, 3, size, size]
     tell(f"training a {network_name(s.size)} on {len(named):,} photographs and {len(drawn):,} drawn images")
     learner = SizedLabels(named, config, r, to_side(drawn, s.size), of_drawn, device, size=s.size, weights=weights)
     learner.notes["weights"] = note["weights"]
-    train(learner, checkpoint, callback, progress=False)
+    train(learner, checkpoint, lines(), progress=False)
     temperature, sure = label_temperature(learner, photos[aside], said[aside])
     return learner.sized_ucdm(s), temperature, sure, label_sheet(photos, said, classes)
