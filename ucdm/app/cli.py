@@ -86,8 +86,8 @@ ALPHA = typer.Option("white", help="what shows behind transparent parts: white, 
 ON_ERROR = typer.Option("stop", help="at a photograph that cannot be read: stop, or skip it and say why")
 MAX_PIXELS = typer.Option(None, help="pixels of a photograph, at most [default: 89 million]", show_default=False)
 DEVICE = typer.Option(None, help="cuda, mps or cpu [default: the best that is there]", show_default=False)
-PRESET = typer.Option("varied", help="what the generator is asked for: pairs, varied (from noise, with little guidance) or "
-                      "as in the paper (from each photograph, by its settings); or likelihood, what each photograph shows")
+PRESET = typer.Option("varied", help="what the generator is asked for: varied, pairs from noise with little guidance; paper, "
+                      "pairs from each photograph by the paper's settings; or likelihood, what each photograph shows")
 UNKNOWN = typer.Option(False, "--unknown-words", help="go on although a small generator has no word for a class")
 LABELS = typer.Option(None, help="a CSV with the columns file (as below the folder) and label (a class, or other), if you "
                       "have a few labels", show_default=False)
