@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BAD_INPUT', 'app', 'FOLDER', 'CLASSES', 'PRIOR', 'SIZE', 'FIT', 'ALPHA', 'ON_ERROR', 'MAX_PIXELS', 'DEVICE', 'PRESET',
-           'UNKNOWN', 'LABELS', 'MODEL', 'THRESHOLD', 'one_line', 'demo_command', 'fit_command', 'MayStandAlone',
-           'predict_command', 'check_command', 'evaluate_command', 'export_command', 'review_command', 'pairs_command',
-           'store_command', 'reproduce_command']
+           'UNKNOWN', 'LABELS', 'OTHERS', 'MODEL', 'THRESHOLD', 'one_line', 'demo_command', 'fit_command',
+           'MayStandAlone', 'predict_command', 'check_command', 'evaluate_command', 'export_command', 'review_command',
+           'pairs_command', 'store_command', 'reproduce_command']
 
 # %% ../../nbs/app/18_cli.ipynb #4cef107a
 import sys, warnings
@@ -91,6 +91,8 @@ PRESET = typer.Option("varied", help="what the generator is asked for: varied, p
 UNKNOWN = typer.Option(False, "--unknown-words", help="go on although a small generator has no word for a class")
 LABELS = typer.Option(None, help="a CSV with the columns file (as below the folder) and label (a class, or other), if you "
                       "have a few labels", show_default=False)
+OTHERS = typer.Option(None, help="a folder of photographs that show none of the classes, for --preset likelihood: the hardest of "
+                      "them teach what other is, and some are kept aside to find the cut with", show_default=False)
 
 # %% ../../nbs/app/18_cli.ipynb #6dc953fa
 @app.command("fit", epilog="Example: `ucdm fit photos T-shirt trouser --out model`")
@@ -104,6 +106,7 @@ def fit_command(
                                 "(hours to days)"),
     preset: str = PRESET,
     labels: Path = LABELS,
+    others: Path = OTHERS,
     fit: str = FIT,
     alpha: str = ALPHA,
     on_error: str = ON_ERROR,

@@ -9,6 +9,7 @@ __all__ = ['CALLS', 'CALLS_BEGIN', 'check_words', 'train_sized', 'split_held_out
 # %% ../../nbs/app/10_fitting.ipynb #04dc0a47
 import hashlib, json, time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from .cut import answers, fit_temperature, threshold_for_rate
 from .fit_settings import deciding, FitSettings, pair_config, train_config
-from .likelihood_training import likelihood_config, taught
+from .likelihood_training import Fitted, likelihood_config, other_photographs, Others, taught, with_others
 from .model import check_device, check_outside, check_place, FILES, Model, without_paths
 from .network import network_name, SizedUCDM, starting_weights
 from .pair_sheet import pair_sheet
@@ -117,11 +118,14 @@ def pair_temperature(ucdm: SizedUCDM, pairs: PairSet, # of photographs that were
     return fit_temperature(other_driven(*ucdm.heads(both)), y.repeat(2), absent)
 
 # %% ../../nbs/app/10_fitting.ipynb #5d312256
-def specification(found: Photographs, classes: Sequence[str], prior: Prior, s: FitSettings) -> dict:
+def specification(found: Photographs, classes: Sequence[str], prior: Prior, s: FitSettings,
+                  others: Others | None = None) -> dict: # with preset likelihood
     "What decides a model, and its hash under `hash`."
     content = hashlib.sha256(found.images.numpy().tobytes() + found.labels.numpy().tobytes()).hexdigest()[:16]
     how = dict(pairs=asdict(pair_config(s)), training=asdict(train_config(s)))
-    if s.preset == "likelihood": how = dict(pairs={}, training=asdict(likelihood_config(s, len(found.images), len(classes))))
+    if s.preset == "likelihood":
+        training = likelihood_config(s, len(found.images), len(classes))
+        how = dict(pairs={}, training=asdict(with_others(training, others) if others else training))
     spec = dict(classes=list(classes), photographs=content, prior=prior.fingerprint, settings=deciding(asdict(s)), **how)
     return spec | dict(hash=hashlib.sha256(canonical(spec).encode()).hexdigest()[:16])
 
@@ -169,15 +173,27 @@ def _holds_model(out: Path) -> bool:
     try: return (out / "config.json").is_file()
     except OSError: return False # `check_place` says why
 
-def _check_places(folder: Path | str, out: Path, work: Path) -> None:
+def _check_places(folder: Path | str, out: Path, work: Path, others: Path | str | None = None) -> None:
     "ValueError or Unusable for places where nothing can or should be written."
     new = not _holds_model(out)
     for place, what in ((out, "out"), (work, "work")):
         if new: check_place(place, what, folder=True)
-        check_outside(place, folder, what)
+        for photographs in (folder, others) if others else (folder,): check_outside(place, photographs, what)
     if out.resolve() in (work.resolve(), *work.resolve().parents):
         raise ValueError(f"work: {printable(work)} lies in {printable(out)}, the folder of the model; give a place outside it.")
     if new: check_place(work / CALLS, "work", begins=CALLS_BEGIN)
+
+# %% ../../nbs/app/10_fitting.ipynb #811f951c
+def _check_others(folder: Path | str, others: Path | str, s: FitSettings) -> None:
+    "ValueError for photographs of other things that nothing would learn from, or that are those to learn from."
+    if s.preset != "likelihood":
+        raise ValueError(f"others: preset {s.preset} learns nothing from photographs of other things; give --preset likelihood, too, "
+                         "or leave others out.")
+    inner, outer = Path(others).resolve(), Path(folder).resolve()
+    if inner == outer or inner in outer.parents or outer in inner.parents:
+        raise ValueError(f"others: {printable(others)} and the photographs in {printable(folder)} are, or lie in, one folder; give a folder "
+                         "of its own.")
+    image_files(others)
 
 # %% ../../nbs/app/10_fitting.ipynb #7c1b2a91
 def starting_note(weights: dict | None) -> dict: # the first entry of a training's history
@@ -201,7 +217,8 @@ def _about(job: "Job", started: str, seconds: float, calls: list[dict]) -> dict:
     return dict(
         photos=len(found), labelled=int((found.labels >= 0).sum()), skipped=len(found.skipped),
         prior=without_paths(prior.name), prior_learnt=learnt_classes(prior.name), profile=s.profile, preset=s.preset, seed=s.seed,
-        weights=started, duration=human_time(seconds) + before,
+        others=len(job.others.learnt) + len(job.others.aside) if job.others else None, weights=started,
+        duration=human_time(seconds) + before,
         specification=job.spec, calls=calls,
     ) | {k: v for k, v in own[-1].items() if k not in ("fit", "pairs")} | dict(started=own[0]["started"])
 
@@ -234,6 +251,7 @@ class Job:
     work: Path
     device: str | None
     tell: Callable # takes a line
+    others: Others | None = None # photographs of other things
 
     @property
     def pairs_folder(self) -> Path: # one for each generator, list of classes and size
@@ -282,19 +300,19 @@ def _trained(job: Job, pairs: PairSet, weights: dict | None) -> tuple[SizedUCDM,
     return ucdm, pair_temperature(ucdm, part(aside)), len(aside)
 
 # %% ../../nbs/app/10_fitting.ipynb #8edba5e0
-def _by_pairs(job: Job, weights: dict | None, progress: bool) -> tuple[SizedUCDM, float, int, bytes]:
+def _by_pairs(job: Job, weights: dict | None, progress: bool) -> Fitted:
     "As `taught`, by pairs."
     pairs = _pairs(job, progress)
-    return *_trained(job, pairs, weights), pair_sheet(job.found.images, pairs)
+    return Fitted(*_trained(job, pairs, weights), pair_sheet(job.found.images, pairs))
 
 
-def _by_likelihoods(job: Job, weights: dict | None, progress: bool) -> tuple[SizedUCDM, float, int, bytes]:
+def _by_likelihoods(job: Job, weights: dict | None, progress: bool) -> Fitted:
     "What `taught` gives for a job."
     found, s = job.found, job.s
     _, aside = split_held_out(found.labels, s.held_out, s.seed)
     epochs = likelihood_config(s, len(found.images), len(job.classes)).epochs
     return taught(found.images, found.labels, job.classes, job.prior, s, aside, job.said_folder, job.checkpoint, job.device,
-                  weights, starting_note(weights), job.tell, lambda: _lines(epochs, job.tell), progress)
+                  weights, starting_note(weights), job.tell, lambda: _lines(epochs, job.tell), job.others, progress)
 
 # %% ../../nbs/app/10_fitting.ipynb #8edba5e1
 def _model(job: Job, began: float, progress: bool) -> Model:
@@ -304,12 +322,13 @@ def _model(job: Job, began: float, progress: bool) -> Model:
     begun = job.checkpoint.exists() # then its weights are those to go on with
     weights = None if begun else starting_weights(s.size, s.weights, job.tell) # asked for before hours of pairs
     by_likelihoods = s.preset == "likelihood"
-    ucdm, temperature, aside, sheet = (_by_likelihoods if by_likelihoods else _by_pairs)(job, weights, progress)
+    made = (_by_likelihoods if by_likelihoods else _by_pairs)(job, weights, progress)
     source = "the generator's labels" if by_likelihoods else "the pairs"
-    about = _about(job, started_from(ucdm.history, s), time.monotonic() - began, calls)
-    about |= dict(temperature_from=f"{source} of {aside} photographs kept out of the training" if aside else "not fitted")
-    model = Model.of(ucdm, fit=s.fit, alpha=s.alpha, temperature=temperature, about=about)
-    model.sheet = sheet
+    about = _about(job, started_from(made.ucdm.history, s), time.monotonic() - began, calls)
+    about |= dict(temperature_from=f"{source} of {made.aside} photographs kept out of the training" if made.aside else "not fitted")
+    if made.cut_from: about |= dict(cut_from=made.cut_from)
+    model = Model.of(made.ucdm, fit=s.fit, alpha=s.alpha, temperature=made.temperature, about=about)
+    model.sheet, model.threshold = made.sheet, made.threshold
     return model
 
 # %% ../../nbs/app/10_fitting.ipynb #7c1b2a6c
@@ -359,11 +378,21 @@ def _fitted(job: Job, out: Path, earlier: Model | None, began: float, progress: 
         model.write_settings(out)
     return model
 
+# %% ../../nbs/app/10_fitting.ipynb #b97ca2a8
+def _others(folder: Path | str, found: Photographs, s: FitSettings, kept: Path | None, # see `read_folder`
+            tell: Callable) -> Others:
+    "Photographs of other things. Errors as `read_photographs` and `other_photographs`."
+    read = read_photographs(folder, (), s, None, kept)
+    others = other_photographs(read.images, found.images, s)
+    tell(f"{read.report}\n  of other things: {len(others.learnt):,} to learn from, {len(others.aside):,} kept aside for the cut")
+    return others
+
 # %% ../../nbs/app/10_fitting.ipynb #7101432a
 def fit(folder: Path | str, # of unlabelled photographs
         classes: Sequence[str], # names of the classes you care about
         out: Path | str, # folder of the model
         labels: Path | str | None = None, # a CSV with the columns file and label, if there are a few labels
+        others: Path | str | None = None, # a folder of photographs of other things, for preset likelihood
         work: Path | str | None = None, # folder for pairs and checkpoints; None: beside `out`, with `.work` at the end
         keep_cut: Path | str | None = None, # an earlier model of these classes, which has a cut
         device: str | None = None, # None chooses
@@ -380,14 +409,17 @@ def fit(folder: Path | str, # of unlabelled photographs
     began, s, out, classes = time.monotonic(), FitSettings(**settings), Path(out), check_class_names(classes)
     tell, work, device = say if progress else (lambda line: None), Path(work or _work_beside(out)), check_device(device)
     image_files(folder) # is there anything? before a generator is loaded
-    _check_places(folder, out, work)
+    if others is not None: _check_others(folder, others, s)
+    _check_places(folder, out, work, others)
     earlier = _with_cut(keep_cut, classes, device) if keep_cut else None
     prior = load_prior(s.prior, device)
     check_words(prior, classes, s.unknown_words)
     for name in classes: prior.embed(pair_config(s).prompts_of(name)) # one that is too long is refused here
-    with kept_reading(folder, s.size, s.fit, s.alpha, s.max_pixels) as kept:
+    reading = s.size, s.fit, s.alpha, s.max_pixels
+    with kept_reading(folder, *reading) as kept, kept_reading(others, *reading) if others else nullcontext() as kept_others:
         found = read_photographs(folder, classes, s, labels, kept)
         tell(found.report)
+        beside = _others(others, found, s, kept_others, tell) if others else None
         prior = sharp(prior, found, s)
-        job = Job(found, classes, prior, s, specification(found, classes, prior, s), work, device, tell)
+        job = Job(found, classes, prior, s, specification(found, classes, prior, s, beside), work, device, tell, beside)
         return _fitted(job, out, earlier, began, progress)

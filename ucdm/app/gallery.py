@@ -153,7 +153,8 @@ def facts(a: Answers) -> dict[str, str]:
         "temperature": warm,
     }
     keys = {
-        "unlabelled photographs": "photos", "with a label": "labelled", "generator": "prior", "profile": "profile", "preset": "preset",
+        "unlabelled photographs": "photos", "with a label": "labelled",
+        "photographs of other things": "others", "generator": "prior", "profile": "profile", "preset": "preset",
         "network starts from": "weights", "random seed": "seed", "trained": "started", "took": "duration",
         "device": "device", "commit": "commit",
     }
