@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from .fit_settings import FitSettings, pair_config, train_config
+from .likelihood_training import likelihood_config
 from .model import check_device, check_outside, check_place, SHEET
 from .network import network_name, SizedUCDM
-from .pair_sheet import pair_sheet
+from .pair_sheet import pair_sheet, sheet_of
 from .photographs import Photographs, read_photographs, sharp
 from ..baselines.diffusion_classifier import noise_errors, posterior
 from ..core.checked import check_fields
@@ -48,12 +49,21 @@ def recognised(prior: Prior, classes: Sequence[str], # names
     return {c: (best[k] == k).double().mean().item() for k, c in enumerate(classes)}, images
 
 # %% ../../nbs/app/15_checking.ipynb #899c4994
+def _batches(s: FitSettings, photos: int, n_known: int) -> tuple[int, int]: # images of a batch; batches
+    "How much training there is. Of pairs those of a few photographs are a batch."
+    if s.preset == "likelihood":
+        config = likelihood_config(s, photos, n_known)
+        return config.batch_size, config.image_passes // config.batch_size
+    config = train_config(s)
+    return config.batch_size * 2 * n_known, config.rounds * config.epochs_per_round * (photos // config.batch_size + 1)
+
+# %% ../../nbs/app/15_checking.ipynb #0b82f08d
 def _seconds_of_training(size: int, classes: Sequence[str], photos: int, s: FitSettings, images: Tensor,
                          device: str) -> float:
     "How long the training would take on a device, from a forward and backward pass for one batch."
-    config = train_config(s)
-    net = SizedUCDM(classes, config, 0, device, size)
-    batch = images[torch.arange(config.batch_size * 2 * len(classes)) % len(images)].to(net.device)
+    together, batches = _batches(s, photos, len(classes))
+    net = SizedUCDM(classes, train_config(s), 0, device, size)
+    batch = images[torch.arange(together) % len(images)].to(net.device)
     def step():
         with net.autocast(): closed, open_logits = net.model(batch.float() / 127.5 - 1)
         (closed.sum() + open_logits.sum()).backward()
@@ -62,8 +72,7 @@ def _seconds_of_training(size: int, classes: Sequence[str], photos: int, s: FitS
     step()
     began = time.perf_counter()
     for _ in range(3): step()
-    epochs = config.rounds * config.epochs_per_round
-    return (time.perf_counter() - began) / 3 * epochs * (photos // config.batch_size + 1)
+    return (time.perf_counter() - began) / 3 * batches
 
 # %% ../../nbs/app/15_checking.ipynb #f3ec90f8
 @dataclass
@@ -74,12 +83,16 @@ class Report:
     prior: str # name of the generator
     recognised: dict[str, float] # fraction of its own images of a class that the generator recognises
     foreign: list[str] # words that it does not know
-    pairs_a_second: float
-    seconds: dict[str, float] # "pairs", "training"
+    wanted: int # pairs, or questions to the generator
+    a_second: float # of these
+    seconds: dict[str, float] # "pairs" or "questions", "training"
     megabytes: float # of the pairs on disk
     reading: str = "" # what was read, skipped and left out
-    sheet: Path | None = None # the picture of the pairs, if a folder was given for it
+    sheet: Path | None = None # the picture of pairs, or of what the generator said, if a folder was given for it
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def what(self) -> str: return next(iter(self.seconds)) # "pairs" or "questions"
 
 # %% ../../nbs/app/15_checking.ipynb #b09898a6
 WEAK = 0.5 # of a class's own images recognised: below, the generator hardly knows it
@@ -98,33 +111,55 @@ def _warnings(r: Report) -> list[str]:
     return said
 
 # %% ../../nbs/app/15_checking.ipynb #665c6ccc
-NO_SHEET = "the pairs were not kept: give --out FOLDER, outside the photographs, to look at them"
+NO_SHEET = "no picture was kept: give --out FOLDER, outside the photographs, to look at them"
 
 def describe(r: Report) -> str:
     "The report as some lines of text."
-    n = len(r.found) * len(r.classes)
     both = sum(r.seconds.values())
     lines = [
         r.reading or repr(r.found),
         f"{r.prior} recognises its own images: " + ", ".join(f"{c} {f:.0%}" for c, f in r.recognised.items()),
-        f"{n:,} pairs at {r.pairs_a_second:.2f} a second: about {human_time(r.seconds['pairs'])}; "
+        f"{r.wanted:,} {r.what} at {r.a_second:.2f} a second: about {human_time(r.seconds[r.what])}; "
         f"training about {human_time(r.seconds['training'])}; together about {human_time(both)}",
-        f"{r.megabytes:,.0f} MB of disk for the pairs",
-        f"look at the pairs: {r.sheet}" if r.sheet else NO_SHEET,
+        f"{r.megabytes:,.0f} MB of disk for {'the pairs' if r.what == 'pairs' else 'what it says'}",
+        f"look at {'the pairs' if r.what == 'pairs' else 'what the generator says'}: {r.sheet}" if r.sheet else NO_SHEET,
         *(f"warning: {w}" for w in r.warnings),
     ]
     return "\n".join(lines)
 
 # %% ../../nbs/app/15_checking.ipynb #071fa355
-def _timed_pairs(prior: Prior, found: Photographs, classes, s: FitSettings, n: int, progress: bool) -> tuple[PairSet, Tensor, float]:
-    "Pairs of a few photographs spread over all, these photographs, and pairs a second."
-    rows = torch.from_numpy(np.unique(np.linspace(0, len(found) - 1, n).round().astype(int)))
-    images = found.images[rows]
+def _some(found: Photographs, n: int) -> Tensor: # uint8 [n, 3, size, size]
+    "A few photographs, spread over all."
+    return found.images[torch.from_numpy(np.unique(np.linspace(0, len(found) - 1, n).round().astype(int)))]
+
+
+def _timed_pairs(prior: Prior, found: Photographs, classes, s: FitSettings, n: int, progress: bool) -> tuple[float, bytes]:
+    "Pairs a second, and a sheet of a few."
+    images = _some(found, n)
     some = ImageSet(images, torch.full((len(images),), -1), classes)
     generate_pairs(prior, some[:1], classes, replace(pair_config(s), steps=2), progress=False, compile=False) # warms up
     began = time.perf_counter()
     pairs = generate_pairs(prior, some, classes, pair_config(s), progress=progress, compile=False)
-    return pairs, images, len(images) * len(classes) / (time.perf_counter() - began)
+    return len(images) * len(classes) / (time.perf_counter() - began), pair_sheet(images, pairs, len(images))
+
+# %% ../../nbs/app/15_checking.ipynb #c9a85fdc
+def _timed_questions(prior: Prior, found: Photographs, classes, s: FitSettings, n: int, progress: bool) -> tuple[float, bytes]:
+    "Questions a second, and a sheet of a few photographs under the class that the generator finds likeliest, or other."
+    config, images = likelihood_config(s, len(found), len(classes)), _some(found, n)
+    prompts = [*map(config.template.format, classes), ""]
+    noise_errors(prior, images[:1], prompts, 2, s.seed) # warms up
+    began = time.perf_counter()
+    likeliest = posterior(noise_errors(prior, images, prompts, config.draws, s.seed)).argmax(1)
+    rate = len(images) * len(prompts) * config.draws / (time.perf_counter() - began)
+    return rate, sheet_of([*classes, "other"], [images[likeliest == k] for k in range(len(prompts))])
+
+# %% ../../nbs/app/15_checking.ipynb #2c8c8cef
+def _wanted(s: FitSettings, photos: int, n_known: int) -> tuple[str, int, float]: # "pairs" or "questions"; how many; MB on disk
+    "What the generator has to do for a fit."
+    if s.preset == "likelihood":
+        n = sum(likelihood_config(s, photos, n_known).asked(photos, n_known).values())
+        return "questions", n, 4 * n / 1e6
+    return "pairs", photos * n_known, 2 * photos * n_known * 3 * s.size**2 / 1e6
 
 # %% ../../nbs/app/15_checking.ipynb #2811a032
 REPORT, REPORT_BEGINS = "report.json", b'{\n "classes"'
@@ -138,13 +173,13 @@ def _check_free(out: Path) -> None:
 # %% ../../nbs/app/15_checking.ipynb #68191994
 def check(folder: Path | str, # of photographs
           classes: Sequence[str], # names of the classes you care about
-          out: Path | str | None = None, # folder for the sheet of pairs and the report; None: no picture is kept
-          pairs: int = 20, # pairs on the sheet
+          out: Path | str | None = None, # folder for the sheet and the report; None: no picture is kept
+          pairs: int = 20, # on the sheet, or answers with preset likelihood
           device: str | None = None, # None chooses
           progress: bool = True, # show bars
           **settings, # fields of `FitSettings`: prior, size, fit, alpha, on_error ...
          ) -> Report:
-    """Look at a folder, a generator and their pairs before anything takes long.
+    """Look at a folder, a generator and their pairs, or what it says, before anything takes long.
 
     ValueError, TypeError or FileNotFoundError for what cannot be.
     """
@@ -159,20 +194,22 @@ def check(folder: Path | str, # of photographs
     prior = load_prior(s.prior, device)
     found = read_photographs(folder, classes, s)
     foreign = foreign_words(prior.pipe.tokenizer, classes)
-    known, drawn = recognised(prior, classes)
-    made, images, rate = _timed_pairs(sharp(prior, found, s), found, classes, s, max(1, pairs // len(classes)), progress)
-    n = len(found) * len(classes)
-    seconds = dict(pairs=n / rate, training=_seconds_of_training(s.size, classes, len(found), s, images, device))
-    r = Report(found, classes, s.prior, known, [*foreign], rate, seconds, 2 * n * 3 * s.size**2 / 1e6, found.report)
+    known, _ = recognised(prior, classes)
+    timed, few = _timed_questions if s.preset == "likelihood" else _timed_pairs, max(1, pairs // len(classes))
+    what, wanted, megabytes = _wanted(s, len(found), len(classes))
+    rate, sheet = timed(sharp(prior, found, s), found, classes, s, few, progress)
+    training = _seconds_of_training(s.size, classes, len(found), s, _some(found, few), device)
+    seconds = {what: wanted / rate, "training": training}
+    r = Report(found, classes, s.prior, known, [*foreign], wanted, rate, seconds, megabytes, found.report)
     r.warnings = _warnings(r)
-    if out: r.sheet = _write(r, Path(out), pair_sheet(images, made, len(images)))
+    if out: r.sheet = _write(r, Path(out), sheet)
     return r
 
 # %% ../../nbs/app/15_checking.ipynb #93a03f41
 def _write(r: Report, out: Path, sheet: bytes) -> Path: # of the sheet
     "Write the sheet of pairs, and the report as JSON."
     facts = dict(classes=list(r.classes), prior=r.prior, recognised=r.recognised, foreign=r.foreign, seconds=r.seconds,
-                 pairs_a_second=r.pairs_a_second, megabytes=r.megabytes, warnings=r.warnings, photographs=len(r.found),
-                 skipped=[list(x) for x in r.found.skipped])
+                 **{r.what: r.wanted, f"{r.what}_a_second": r.a_second}, megabytes=r.megabytes, warnings=r.warnings,
+                 photographs=len(r.found), skipped=[list(x) for x in r.found.skipped])
     atomic_json(out / REPORT, facts)
     return write_atomic(out / SHEET, sheet)

@@ -174,9 +174,9 @@ def check_command(
     classes: list[str] = CLASSES,
     prior: str = PRIOR,
     size: int = SIZE,
-    out: Path = typer.Option(None, help="folder for a sheet of pairs and the report, outside the photographs; without it "
-                             "no picture is kept", show_default=False),
-    pairs: int = typer.Option(20, help="pairs to make", min=1),
+    out: Path = typer.Option(None, help="folder for a sheet of pairs, or of what the generator says, and the report, "
+                             "outside the photographs; without it no picture is kept", show_default=False),
+    pairs: int = typer.Option(20, help="pairs to make, or answers to ask for", min=1),
     profile: str = typer.Option("quick", help="of the training whose time is estimated"),
     preset: str = PRESET,
     fit: str = FIT,
@@ -185,7 +185,7 @@ def check_command(
     max_pixels: int = MAX_PIXELS,
     device: str = DEVICE,
 ):
-    "Look before hours: photographs, classes the generator knows, pairs, time and disk. Status 1 if there are warnings."
+    "Look before hours: photographs, classes the generator knows, pairs or answers, time and disk. Status 1: there are warnings."
     options = {k: v for k, v in locals().items() if k not in ("folder", "classes")}
     with one_line("check"):
         from ucdm.app.checking import check, describe

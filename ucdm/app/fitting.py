@@ -18,8 +18,10 @@ from torch import Tensor
 
 from .cut import answers, fit_temperature, threshold_for_rate
 from .fit_settings import deciding, FitSettings, pair_config, train_config
-from .likelihood_training import Fitted, likelihood_config, other_photographs, Others, taught, with_others
-from .model import check_device, check_outside, check_place, FILES, Model, without_paths
+from ucdm.app.likelihood_training import (
+    check_others, Fitted, likelihood_config, Others, read_others, taught, with_others
+)
+from .model import check_device, check_outside, check_place, Model, of_a_writer, without_paths
 from .network import network_name, SizedUCDM, starting_weights
 from .pair_sheet import pair_sheet
 from .photographs import Photographs, read_photographs, sharp
@@ -138,18 +140,13 @@ def _decided(spec: dict) -> str:
     pairs = before | spec.get("pairs", {}) if settings["preset"] != "likelihood" else {}
     return canonical({k: v for k, v in spec.items() if k != "hash"} | dict(settings=settings, pairs=pairs))
 
-# %% ../../nbs/app/10_fitting.ipynb #7c1b2a64
-def _of_a_writer(name: str) -> bool:
-    "Whether a file is what a writer of a model that was killed leaves: a whole file, or a half one."
-    return name in FILES or name.endswith(".partial") and name.startswith(tuple(f"{f}." for f in FILES))
-
 # %% ../../nbs/app/10_fitting.ipynb #34947879
 def _finished(out: Path, spec: dict, device: str | None = None) -> Model | None:
     "The model that is there already, if it is the one wanted. ValueError for another model, or something else."
     if out.is_file(): raise ValueError(f"out: {out} is a file; give the name of a folder.")
     if not out.is_dir(): return None
     if not (out / "config.json").is_file():
-        if all(_of_a_writer(p.name) for p in out.iterdir()): return None
+        if all(of_a_writer(p.name) for p in out.iterdir()): return None
         raise ValueError(f"out: {out} holds something else; give the name of a new folder.")
     model = Model.load(out, device)
     there = model.about.get("specification", {}) | dict(classes=list(model.classes))
@@ -182,18 +179,6 @@ def _check_places(folder: Path | str, out: Path, work: Path, others: Path | str 
     if out.resolve() in (work.resolve(), *work.resolve().parents):
         raise ValueError(f"work: {printable(work)} lies in {printable(out)}, the folder of the model; give a place outside it.")
     if new: check_place(work / CALLS, "work", begins=CALLS_BEGIN)
-
-# %% ../../nbs/app/10_fitting.ipynb #811f951c
-def _check_others(folder: Path | str, others: Path | str, s: FitSettings) -> None:
-    "ValueError for photographs of other things that nothing would learn from, or that are those to learn from."
-    if s.preset != "likelihood":
-        raise ValueError(f"others: preset {s.preset} learns nothing from photographs of other things; give --preset likelihood, too, "
-                         "or leave others out.")
-    inner, outer = Path(others).resolve(), Path(folder).resolve()
-    if inner == outer or inner in outer.parents or outer in inner.parents:
-        raise ValueError(f"others: {printable(others)} and the photographs in {printable(folder)} are, or lie in, one folder; give a folder "
-                         "of its own.")
-    image_files(others)
 
 # %% ../../nbs/app/10_fitting.ipynb #7c1b2a91
 def starting_note(weights: dict | None) -> dict: # the first entry of a training's history
@@ -378,15 +363,6 @@ def _fitted(job: Job, out: Path, earlier: Model | None, began: float, progress: 
         model.write_settings(out)
     return model
 
-# %% ../../nbs/app/10_fitting.ipynb #b97ca2a8
-def _others(folder: Path | str, found: Photographs, s: FitSettings, kept: Path | None, # see `read_folder`
-            tell: Callable) -> Others:
-    "Photographs of other things. Errors as `read_photographs` and `other_photographs`."
-    read = read_photographs(folder, (), s, None, kept)
-    others = other_photographs(read.images, found.images, s)
-    tell(f"{read.report}\n  of other things: {len(others.learnt):,} to learn from, {len(others.aside):,} kept aside for the cut")
-    return others
-
 # %% ../../nbs/app/10_fitting.ipynb #7101432a
 def fit(folder: Path | str, # of unlabelled photographs
         classes: Sequence[str], # names of the classes you care about
@@ -409,7 +385,7 @@ def fit(folder: Path | str, # of unlabelled photographs
     began, s, out, classes = time.monotonic(), FitSettings(**settings), Path(out), check_class_names(classes)
     tell, work, device = say if progress else (lambda line: None), Path(work or _work_beside(out)), check_device(device)
     image_files(folder) # is there anything? before a generator is loaded
-    if others is not None: _check_others(folder, others, s)
+    if others is not None: check_others(folder, others, s)
     _check_places(folder, out, work, others)
     earlier = _with_cut(keep_cut, classes, device) if keep_cut else None
     prior = load_prior(s.prior, device)
@@ -419,7 +395,7 @@ def fit(folder: Path | str, # of unlabelled photographs
     with kept_reading(folder, *reading) as kept, kept_reading(others, *reading) if others else nullcontext() as kept_others:
         found = read_photographs(folder, classes, s, labels, kept)
         tell(found.report)
-        beside = _others(others, found, s, kept_others, tell) if others else None
+        beside = read_others(others, found.images, s, kept_others, tell) if others else None
         prior = sharp(prior, found, s)
         job = Job(found, classes, prior, s, specification(found, classes, prior, s, beside), work, device, tell, beside)
         return _fitted(job, out, earlier, began, progress)

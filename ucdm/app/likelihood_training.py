@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FEWEST', 'LEAST_PASSES', 'DRAWN', 'TAKEN', 'LOOKED_AT', 'SURE', 'likelihood_config', 'Others', 'other_photographs',
-           'with_others', 'SizedLabels', 'with_given', 'sure_labels', 'label_temperature', 'others_cut', 'label_sheet',
-           'Fitted', 'fitted_from', 'taught']
+           'with_others', 'check_others', 'read_others', 'SizedLabels', 'with_given', 'sure_labels',
+           'label_temperature', 'others_cut', 'label_sheet', 'Fitted', 'fitted_from', 'taught']
 
 # %% ../../nbs/app/09_likelihood_training.ipynb #4a1c0004
 import hashlib
@@ -24,9 +24,12 @@ from .fit_settings import FitSettings, PROFILES, train_config
 from .model import to_side
 from .network import network, network_name, SizedUCDM
 from .pair_sheet import sheet_of
+from .photographs import read_photographs
 from ..baselines.learner import answers
 from ..baselines.semi_supervised import train
+from ..core.files import printable
 from ..core.randomness import generator
+from ..data.image_files import image_files
 from ..data.images import content_ids, ImageSet
 from ..diffusion.prior import Prior
 from ..likelihood.cut import best_cut, kept_out
@@ -87,6 +90,29 @@ def with_others(config: LikelihoodLabelsConfig, others: Others) -> LikelihoodLab
         config, negatives="photographs", photographs="others", photographs_id=others.content, n_negatives=len(others.learnt),
         hard_fraction=HARDEST, looked_at=LOOKED_AT,
     )
+
+# %% ../../nbs/app/09_likelihood_training.ipynb #23d7558e
+def check_others(folder: Path | str, others: Path | str, s: FitSettings) -> None:
+    "ValueError for photographs of other things that nothing would learn from, or that are those to learn from."
+    if s.preset != "likelihood":
+        raise ValueError(f"others: preset {s.preset} learns nothing from photographs of other things; give --preset likelihood, too, "
+                         "or leave others out.")
+    inner, outer = Path(others).resolve(), Path(folder).resolve()
+    if inner == outer or inner in outer.parents or outer in inner.parents:
+        raise ValueError(f"others: {printable(others)} and the photographs in {printable(folder)} are, or lie in, one folder; "
+                         "give a folder of its own.")
+    image_files(others)
+
+# %% ../../nbs/app/09_likelihood_training.ipynb #1495da5c
+def read_others(folder: Path | str, photos: Tensor, # the photographs whose classes are learnt
+                s: FitSettings, kept: Path | None, # see `read_folder`
+                tell: Callable, # takes a line
+               ) -> Others:
+    "Photographs of other things. Errors as `read_photographs` and `other_photographs`."
+    read = read_photographs(folder, (), s, None, kept)
+    others = other_photographs(read.images, photos, s)
+    tell(f"{read.report}\n  of other things: {len(others.learnt):,} to learn from, {len(others.aside):,} kept aside for the cut")
+    return others
 
 # %% ../../nbs/app/09_likelihood_training.ipynb #4a1c000a
 class SizedLabels(LikelihoodLabels):
