@@ -330,8 +330,8 @@ def _with_cut(name: Path | str, classes: tuple[str, ...], device: str) -> Model:
 # %% ../../nbs/app/10_fitting.ipynb #7c1b2a6d
 def _take_cut(model: Model, earlier: Model, found: Photographs) -> None:
     "Give a model the cut that answers as many photographs with \"other\" as an earlier model's does."
-    others = answers(earlier.predict(found.images), earlier.threshold) == len(model.classes)
-    rate = others.double().mean().item()
+    given = answers(earlier.predict(found.images), earlier.threshold)
+    rate = (given == len(model.classes)).double().mean().item()
     model.threshold = threshold_for_rate(model.predict(found.images), rate)
     said = f"{rate:.0%} of the photographs are answered with other, as by an earlier model"
     model.about = model.about | dict(cut_from=said)
@@ -340,9 +340,8 @@ def _take_cut(model: Model, earlier: Model, found: Photographs) -> None:
 def _meanwhile(job: Job, out: Path) -> Model | None:
     "The same model, if another process has finished it. RuntimeError if another model has come to lie in `out`."
     try: return _finished(out, job.spec, job.device)
-    except ValueError as e: raise RuntimeError(
-        f"{e} It came while this model was computed, which is not lost: give the same command with another --out, and "
-        f"--work {printable(job.work)}.") from None
+    except ValueError as e: raise RuntimeError(f"{e} It came while this model was computed, which is not lost: give the same "
+                                               f"command with another --out, and --work {printable(job.work)}.") from None
 
 # %% ../../nbs/app/10_fitting.ipynb #7c1b2a6e
 def _fitted(job: Job, out: Path, earlier: Model | None, began: float, progress: bool) -> Model:
