@@ -42,9 +42,15 @@ def _changed(spec: RunSpec) -> dict[str, tuple]: # field -> value here, default;
     }
     return {name: (now, then) for name, (now, then) in both.items() if now != then}
 
+# %% ../../nbs/report/10_settings_note.ipynb #aee5ff21
+def _made_with(r: RunResult) -> RunSpec:
+    "What a run was asked for, with the precision that it had."
+    in_float32 = r.spec.method == "ucdm" and r.provenance.get("bfloat16") is False
+    return replace(r.spec, train=r.spec.train | dict(precision="float32")) if in_float32 else r.spec
+
 # %% ../../nbs/report/10_settings_note.ipynb #6bf2d35f
 def _over(results: Sequence[RunResult]) -> dict[str, tuple]: # setting -> what the runs have, the default
-    each = [_changed(r.spec) for r in results]
+    each = [_changed(_made_with(r)) for r in results]
     default = {k: then for e in each for k, (_, then) in e.items()}
     seen = {k: dict.fromkeys(str(e[k][0] if k in e else then) for e in each) for k, then in default.items()}
     return {k: (" or ".join(vs), default[k]) for k, vs in seen.items() if k != "image_passes" or len(vs) == 1}
