@@ -92,7 +92,7 @@ UNKNOWN = typer.Option(False, "--unknown-words", help="go on although a small ge
 LABELS = typer.Option(None, help="a CSV with the columns file (as below the folder) and label (a class, or other), if you "
                       "have a few labels", show_default=False)
 OTHERS = typer.Option(None, help="a folder of photographs that show none of the classes, for --preset likelihood: the hardest of "
-                      "them teach what other is, and some are kept aside to find the cut with", show_default=False)
+                      "them teach what other is; of 500 or more some are kept aside to find a cut with", show_default=False)
 
 # %% ../../nbs/app/18_cli.ipynb #6dc953fa
 @app.command("fit", epilog="Example: `ucdm fit photos T-shirt trouser --out model`")
@@ -176,9 +176,10 @@ def check_command(
     size: int = SIZE,
     out: Path = typer.Option(None, help="folder for a sheet of pairs, or of what the generator says, and the report, "
                              "outside the photographs; without it no picture is kept", show_default=False),
-    pairs: int = typer.Option(20, help="pairs to make, or answers to ask for", min=1),
+    pairs: int = typer.Option(20, help="pairs to make, or photographs to ask about", min=1),
     profile: str = typer.Option("quick", help="of the training whose time is estimated"),
     preset: str = PRESET,
+    others: Path = OTHERS,
     fit: str = FIT,
     alpha: str = ALPHA,
     on_error: str = typer.Option("skip", help="at a photograph that cannot be read: skip it and say why, or stop"),

@@ -175,7 +175,7 @@ def _check_places(folder: Path | str, out: Path, work: Path, others: Path | str 
     new = not _holds_model(out)
     for place, what in ((out, "out"), (work, "work")):
         if new: check_place(place, what, folder=True)
-        for photographs in (folder, others) if others else (folder,): check_outside(place, photographs, what)
+        for photographs in (folder, others) if others is not None else (folder,): check_outside(place, photographs, what)
     if out.resolve() in (work.resolve(), *work.resolve().parents):
         raise ValueError(f"work: {printable(work)} lies in {printable(out)}, the folder of the model; give a place outside it.")
     if new: check_place(work / CALLS, "work", begins=CALLS_BEGIN)
@@ -391,10 +391,11 @@ def fit(folder: Path | str, # of unlabelled photographs
     check_words(prior, classes, s.unknown_words)
     for name in classes: prior.embed(pair_config(s).prompts_of(name)) # one that is too long is refused here
     reading = s.size, s.fit, s.alpha, s.max_pixels
-    with kept_reading(folder, *reading) as kept, kept_reading(others, *reading) if others else nullcontext() as kept_others:
+    with kept_reading(folder, *reading) as kept, kept_reading(others, *reading) if others is not None else nullcontext() as kept_others:
         found = read_photographs(folder, classes, s, labels, kept)
         tell(found.report)
-        beside = read_others(others, found.images, s, kept_others, tell) if others else None
+        n_aside = len(split_held_out(found.labels, s.held_out, s.seed)[1])
+        beside = read_others(others, found.images, s, n_aside, kept_others, tell) if others is not None else None
         prior = sharp(prior, found, s)
         job = Job(found, classes, prior, s, specification(found, classes, prior, s, beside), work, device, tell, beside)
         return _fitted(job, out, earlier, began, progress)

@@ -196,7 +196,7 @@ def write_page(a: Answers, folder: Path | str) -> Path: # its index.html
     page = _TEMPLATES.get_template("gallery.html.j2").render(
         title=f"{', '.join(a.model.classes)}, or other?", folder=str(a.found.folder), n=len(a), counts=a.counts,
         cut=a.cut, data=page_data(a, folder, thumbs), curves=curves(a), facts=facts(a), sheet=SHEET if a.model.sheet else "",
-        taught=a.model.about.get("preset"),
+        taught=a.model.about.get("preset"), others=a.model.about.get("others"),
         skipped=[tuple(s) for s in a.found.skipped], script=script, digest=digest,
     )
     return write_atomic(folder / "index.html", page.encode("utf-8", "replace"))
