@@ -510,11 +510,10 @@ def test_check_warns_with_status_1(photos, tmp_path, monkeypatch):
     assert report["photographs"] == 24 and (tmp_path / "check" / "pairs.webp").is_file()
 
 
-def test_photographs_of_other_things_need_their_preset_and_a_folder_of_their_own(photos, tmp_path):
+def test_photographs_of_other_things_need_a_folder_of_their_own_and_no_other_preset(photos, tmp_path):
     given = "fit", photos, *CLASSES, "--out", tmp_path / "m", "--others"
-    for words, told in (((photos / "new",), "give --preset likelihood, too"),
-                        ((photos / "new", "--preset", "likelihood"), "give a folder of its own"),
-                        ((tmp_path / "nobody", "--preset", "likelihood"), "nobody")):
+    for words, told in (((photos / "new", "--preset", "paper"), "leave the preset out"),
+                        ((photos / "new",), "give a folder of its own"), ((tmp_path / "nobody",), "nobody")):
         status, _, wrong = ucdm(*given, *words)
         assert status == 2 and told in wrong and not (tmp_path / "m").exists()
 

@@ -198,6 +198,7 @@ def check(folder: Path | str, # of photographs
 
     ValueError, TypeError or FileNotFoundError for what cannot be.
     """
+    if others is not None: settings = dict(preset="likelihood") | settings
     check_fields(settings, FitSettings, "check")
     s, classes = FitSettings(**{"on_error": "skip"} | settings), check_class_names(classes)
     device = check_device(device)

@@ -86,13 +86,14 @@ ALPHA = typer.Option("white", help="what shows behind transparent parts: white, 
 ON_ERROR = typer.Option("stop", help="at a photograph that cannot be read: stop, or skip it and say why")
 MAX_PIXELS = typer.Option(None, help="pixels of a photograph, at most [default: 89 million]", show_default=False)
 DEVICE = typer.Option(None, help="cuda, mps or cpu [default: the best that is there]", show_default=False)
-PRESET = typer.Option("varied", help="what the generator is asked for: varied, pairs from noise with little guidance; paper, "
-                      "pairs from each photograph by the paper's settings; or likelihood, what each photograph shows")
+PRESET = typer.Option(None, help="what the generator is asked for: varied, pairs from noise with little guidance; paper, pairs "
+                      "from each photograph by the paper's settings; or likelihood, what each photograph shows [default: "
+                      "varied; with --others likelihood]", show_default=False)
 UNKNOWN = typer.Option(False, "--unknown-words", help="go on although a small generator has no word for a class")
 LABELS = typer.Option(None, help="a CSV with the columns file (as below the folder) and label (a class, or other), if you "
                       "have a few labels", show_default=False)
-OTHERS = typer.Option(None, help="a folder of photographs that show none of the classes, for --preset likelihood: the hardest of "
-                      "them teach what other is; of 500 or more some are kept aside to find a cut with", show_default=False)
+OTHERS = typer.Option(None, help="a folder of photographs that show none of the classes: the hardest of them teach what other "
+                      "is; of 500 or more some are kept aside to find a cut with", show_default=False)
 
 # %% ../../nbs/app/18_cli.ipynb #6dc953fa
 @app.command("fit", epilog="Example: `ucdm fit photos T-shirt trouser --out model`")
@@ -123,7 +124,7 @@ def fit_command(
     device: str = DEVICE,
 ):
     "Learn a classifier from unlabelled photographs and class names. Stopped, the same command goes on."
-    settings = {k: v for k, v in locals().items() if k not in ("folder", "classes", "out")}
+    settings = {k: v for k, v in locals().items() if k not in ("folder", "classes", "out") and (k, v) != ("preset", None)}
     with one_line("fit"):
         import ucdm.app.fitting
         model = ucdm.app.fitting.fit(folder, classes, out, **settings)
@@ -187,7 +188,7 @@ def check_command(
     device: str = DEVICE,
 ):
     "Look before hours: photographs, classes the generator knows, pairs or answers, time and disk. Status 1: there are warnings."
-    options = {k: v for k, v in locals().items() if k not in ("folder", "classes")}
+    options = {k: v for k, v in locals().items() if k not in ("folder", "classes") and (k, v) != ("preset", None)}
     with one_line("check"):
         from ucdm.app.checking import check, describe
         report = check(folder, classes, **options)

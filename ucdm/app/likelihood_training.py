@@ -101,8 +101,8 @@ def with_others(config: LikelihoodLabelsConfig, others: Others) -> LikelihoodLab
 def check_others(folder: Path | str, others: Path | str, s: FitSettings) -> None:
     "ValueError for photographs of other things that nothing would learn from, or that are those to learn from."
     if s.preset != "likelihood":
-        raise ValueError(f"others: preset {s.preset} learns nothing from photographs of other things; give --preset likelihood, too, "
-                         "or leave others out.")
+        raise ValueError(f"others: preset {s.preset} learns nothing from photographs of other things; leave the preset out, "
+                         "or others.")
     n = len(image_files(others))
     inner, outer = Path(others).resolve(), Path(folder).resolve()
     if inner == outer or inner in outer.parents or outer in inner.parents:
