@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from .fit_settings import FitSettings, pair_config, train_config
-from .likelihood_training import check_others, likelihood_config, Others, read_others, with_others
+from .likelihood_training import check_others, labels_config, likelihood_config, Others, read_others
 from .model import check_device, check_outside, check_place, SHEET
 from .network import network_name, SizedUCDM
 from .pair_sheet import pair_sheet, sheet_of
-from .photographs import Photographs, read_photographs, sharp
+from .photographs import Photographs, read_photographs, sharp, split_held_out
 from ..baselines.diffusion_classifier import noise_errors, posterior
 from ..core.checked import check_fields
 from ..core.files import atomic_json, printable, write_atomic
@@ -31,7 +31,6 @@ from ..data.images import ImageSet
 from ..diffusion.captions import foreign_words, learnt_classes
 from ..diffusion.prior import load_prior, Prior, sample_images
 from ..likelihood.errors import image_errors
-from ..likelihood.likelihood_labels import LikelihoodLabelsConfig
 from ..method.generate import generate_pairs
 from ..method.pair_store import PairSet
 from ..method.pairs import PairConfig
@@ -51,19 +50,13 @@ def recognised(prior: Prior, classes: Sequence[str], # names
     return {c: (best[k] == k).double().mean().item() for k, c in enumerate(classes)}, images
 
 # %% ../../nbs/app/15_checking.ipynb #899c4994
-def _labels_config(s: FitSettings, photos: int, n_known: int, others: Others | None) -> LikelihoodLabelsConfig:
-    "How a classifier would be taught by likelihoods. ValueError for too few photographs."
-    config = likelihood_config(s, photos, n_known)
-    return with_others(config, others) if others else config
-
-
 def _batches(s: FitSettings, photos: int, n_known: int, others: Others | None = None) -> tuple[int, int]: # images of a batch; batches
     """How much training there is. Of pairs those of a few photographs are a batch.
 
     Looking for the hardest of other things, a pass forward each, is a third of a pass that learns.
     """
     if s.preset == "likelihood":
-        config = _labels_config(s, photos, n_known, others)
+        config = labels_config(s, photos, n_known, others)
         looked = config.epochs * min(config.looked_at, config.n_negatives) if others else 0
         return config.batch_size, (config.image_passes + looked // 3) // config.batch_size
     config = train_config(s)
@@ -170,7 +163,7 @@ def _wanted(s: FitSettings, photos: int, n_known: int, side: int, # of the gener
             others: Others | None = None) -> tuple[str, int, float]: # "pairs" or "questions"; how many; MB on disk
     "What the generator has to do for a fit."
     if s.preset != "likelihood": return "pairs", photos * n_known, 2 * photos * n_known * 3 * s.size**2 / 1e6
-    config = _labels_config(s, photos, n_known, others)
+    config = labels_config(s, photos, n_known, others)
     asked = config.asked(photos, n_known)
     answers, drawn = sum(n for what, n in asked.items() if what[0] != "drawn"), 0 if others else config.n_negatives
     return "questions", sum(asked.values()), (4 * answers + drawn * 3 * side**2) / 1e6
@@ -210,7 +203,7 @@ def check(folder: Path | str, # of photographs
         _check_free(Path(out))
     prior = load_prior(s.prior, device)
     found = read_photographs(folder, classes, s)
-    n_aside = round(s.held_out * len(found))
+    n_aside = len(split_held_out(found.labels, s.held_out, s.seed)[1])
     beside = read_others(others, found.images, s, n_aside, None, lambda line: None) if others is not None else None
     what, wanted, megabytes = _wanted(s, len(found), len(classes), prior.image_size, beside)
     foreign = foreign_words(prior.pipe.tokenizer, classes)

@@ -19,7 +19,7 @@ from torch import Tensor
 from .cut import answers, fit_temperature, threshold_for_rate
 from .fit_settings import deciding, FitSettings, pair_config, train_config
 from ucdm.app.likelihood_training import (
-    check_others, Fitted, likelihood_config, Others, read_others, taught, with_others
+    check_others, Fitted, labels_config, likelihood_config, Others, read_others, taught
 )
 from .model import check_device, check_outside, check_place, Model, of_a_writer, without_paths
 from .network import network_name, SizedUCDM, starting_weights
@@ -115,8 +115,7 @@ def specification(found: Photographs, classes: Sequence[str], prior: Prior, s: F
     content = hashlib.sha256(found.images.numpy().tobytes() + found.labels.numpy().tobytes()).hexdigest()[:16]
     how = dict(pairs=asdict(pair_config(s)), training=asdict(train_config(s)))
     if s.preset == "likelihood":
-        training = likelihood_config(s, len(found.images), len(classes))
-        how = dict(pairs={}, training=asdict(with_others(training, others) if others else training))
+        how = dict(pairs={}, training=asdict(labels_config(s, len(found.images), len(classes), others)))
     spec = dict(classes=list(classes), photographs=content, prior=prior.fingerprint, settings=deciding(asdict(s)), **how)
     return spec | dict(hash=hashlib.sha256(canonical(spec).encode()).hexdigest()[:16])
 

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['FEWEST', 'LEAST_PASSES', 'DRAWN', 'TAKEN', 'LOOKED_AT', 'NEEDED', 'SURE', 'likelihood_config', 'Others',
-           'other_photographs', 'with_others', 'check_others', 'read_others', 'SizedLabels', 'with_given',
-           'sure_labels', 'label_temperature', 'others_cut', 'label_sheet', 'Fitted', 'fitted_from', 'taught']
+           'other_photographs', 'with_others', 'labels_config', 'check_others', 'read_others', 'SizedLabels',
+           'with_given', 'sure_labels', 'label_temperature', 'others_cut', 'label_sheet', 'Fitted', 'fitted_from',
+           'taught']
 
 # %% ../../nbs/app/09_likelihood_training.ipynb #4a1c0004
 import hashlib
@@ -96,6 +97,12 @@ def with_others(config: LikelihoodLabelsConfig, others: Others) -> LikelihoodLab
         config, negatives="photographs", photographs="others", photographs_id=others.content, n_negatives=len(others.learnt),
         hard_fraction=HARDEST, looked_at=LOOKED_AT,
     )
+
+# %% ../../nbs/app/09_likelihood_training.ipynb #4469af2b
+def labels_config(s: FitSettings, photos: int, n_known: int, others: Others | None = None) -> LikelihoodLabelsConfig:
+    "How a classifier is taught by likelihoods, with photographs of other things or without. ValueError for too few photographs."
+    config = likelihood_config(s, photos, n_known)
+    return with_others(config, others) if others else config
 
 # %% ../../nbs/app/09_likelihood_training.ipynb #23d7558e
 def check_others(folder: Path | str, others: Path | str, s: FitSettings) -> None:
@@ -242,8 +249,7 @@ def taught(photos: Tensor, # uint8 [N, 3, size, size]
            progress: bool = True,
           ) -> Fitted:
     "A classifier taught by likelihoods. ValueError for too few photographs, or a class that the generator finds in none."
-    config = likelihood_config(s, len(photos), len(classes))
-    if others: config = with_others(config, others)
+    config = labels_config(s, len(photos), len(classes), others)
     everything = ImageSet(photos, torch.full((len(photos),), -1), classes)
     task = Task(RunSpec(method="likelihood_labels"), config, everything, classes, None, None, checkpoint, tell, progress, cache)
     tell(f"{sum(config.asked(len(photos), len(classes)).values()):,} questions to the generator, into {cache}")
