@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BAD_INPUT', 'app', 'FOLDER', 'CLASSES', 'PRIOR', 'SIZE', 'FIT', 'ALPHA', 'ON_ERROR', 'MAX_PIXELS', 'DEVICE', 'PRESET',
-           'UNKNOWN', 'LABELS', 'OTHERS', 'MODEL', 'THRESHOLD', 'one_line', 'demo_command', 'fit_command',
+           'UNKNOWN', 'LABELS', 'OTHERS', 'MODEL', 'THRESHOLD', 'OWN_RULE', 'one_line', 'demo_command', 'fit_command',
            'MayStandAlone', 'predict_command', 'check_command', 'evaluate_command', 'export_command', 'review_command',
            'pairs_command', 'store_command', 'reproduce_command']
 
@@ -143,6 +143,7 @@ class MayStandAlone(TyperCommand):
 # %% ../../nbs/app/18_cli.ipynb #95e634ef
 MODEL = typer.Argument(help="the folder that `ucdm fit` wrote, or an id of the hub")
 THRESHOLD = typer.Option(None, help="least probability of a class; below it the answer is other", show_default=False)
+OWN_RULE = typer.Option(False, "--own-rule", help="the likeliest of all answers (UCDM's own rule), in place of a cut that the model keeps")
 
 @app.command("predict", cls=MayStandAlone, epilog="Example: `ucdm predict model holiday --csv answers.csv --page --reject-rate 0.3`")
 def predict_command(
@@ -156,6 +157,7 @@ def predict_command(
     threshold: float = THRESHOLD,
     target_precision: float = typer.Option(None, help="of those that get a class, so many must be right, such as 0.95; "
                                            "needs --labels, a few of each class and of other", show_default=False),
+    own_rule: bool = OWN_RULE,
     keep_cut: bool = typer.Option(False, "--keep-cut", help="answer with the cut of this call from now on"),
     labels: Path = LABELS,
     on_error: str = ON_ERROR,
@@ -201,6 +203,7 @@ def evaluate_command(
     model: str = MODEL,
     labelled: Path = typer.Argument(help="a CSV with the columns file and label, or a folder with a sub-folder a class"),
     threshold: float = THRESHOLD,
+    own_rule: bool = OWN_RULE,
     on_error: str = ON_ERROR,
     max_pixels: int = MAX_PIXELS,
     device: str = DEVICE,
@@ -208,7 +211,7 @@ def evaluate_command(
     "Measure a model on labelled photographs."
     with one_line("evaluate"):
         from ucdm.app.evaluating import evaluate
-        print(evaluate(model, labelled, threshold, max_pixels, device, on_error=on_error))
+        print(evaluate(model, labelled, threshold, max_pixels, device, on_error, own_rule))
 
 # %% ../../nbs/app/18_cli.ipynb #c64e2e05
 @app.command("export", cls=MayStandAlone, epilog="Example: `ucdm export model --onnx`")

@@ -88,13 +88,15 @@ def evaluate(model: Model | Path | str, # a model, or what `Model.load` takes
              max_pixels: int | None = None, # of a photograph
              device: str | None = None, # None chooses; for a model that is to be loaded
              on_error: str = "stop", # or "skip", at a photograph that cannot be read
+             own_rule: bool = False, # UCDM's, in place of a cut that the model keeps
             ) -> Evaluation:
     """Measure a model on labelled photographs.
 
     ValueError or FileNotFoundError for labels or photographs that will not do, or that hold no known class, and for a
-    threshold that is no probability.
+    threshold that is no probability, or beside UCDM's own rule.
     """
     if threshold is not None: checked(threshold, Fraction, "threshold")
+    if own_rule and threshold is not None: raise ValueError("threshold and own_rule are two ways to set the cut; give one of them.")
     checked(on_error, Literal["stop", "skip"], "on_error")
     labelled = Path(labelled)
     model = model if isinstance(model, Model) else Model.load(model, check_device(device))
@@ -107,7 +109,8 @@ def evaluate(model: Model | Path | str, # a model, or what `Model.load` takes
         if not (numbers < len(model.classes)).any():
             names = ", ".join(model.classes)
             raise ValueError(f"labelled: no photograph of {names} in {labelled}; check the labels' names.")
-        probs, threshold = model.predict(images), model.threshold if threshold is None else threshold
+        probs = model.predict(images)
+    if threshold is None and not own_rule: threshold = model.threshold
     written = [model.answers[n] if n < len(model.classes) else w for w, n in zip(written, numbers.tolist())]
     given = [model.answers[i] for i in answers(probs, threshold).tolist()]
     confusion = pd.crosstab(pd.Series(written, name="label"), pd.Series(given, name="answer"))

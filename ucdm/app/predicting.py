@@ -41,17 +41,18 @@ def short_threshold(threshold: float, probs: Tensor, # [N, K + 1]
     return threshold
 
 # %% ../../nbs/app/13_predicting.ipynb #80b11ced
-def _check_cut(reject_rate, threshold, target_precision, labels) -> None:
+def _check_cut(reject_rate, threshold, target_precision, labels, own_rule: bool) -> None:
     "ValueError for two ways at once, a value that is no fraction, or a precision without labels."
     given = dict(reject_rate=reject_rate, threshold=threshold, target_precision=target_precision)
     given = {name: value for name, value in given.items() if value is not None}
-    if len(given) > 1: raise ValueError(f"{' and '.join(given)} are two ways to set the cut; give one of them.")
+    ways = [*given, *["own_rule"] * own_rule]
+    if len(ways) > 1: raise ValueError(f"{' and '.join(ways)} are two ways to set the cut; give one of them.")
     for name, value in given.items(): checked(value, Fraction, name)
     if target_precision is not None and not labels:
         raise ValueError("target_precision needs labelled photographs; give a CSV with the columns file and label.")
 
 # %% ../../nbs/app/13_predicting.ipynb #e77d37f9
-def _choose(model: Model, probs: Tensor, reject_rate, threshold, target_precision, known: list[Labelled],
+def _choose(model: Model, probs: Tensor, reject_rate, threshold, target_precision, own_rule: bool, known: list[Labelled],
             options: PhotoOptions, on_error: str, tell: Callable,
            ) -> dict: # probabilities, threshold, the cut in words, temperature: of `Answers`
     "The cut that was asked for, or else the model's. With labelled photographs the temperature is fitted, too."
@@ -64,7 +65,7 @@ def _choose(model: Model, probs: Tensor, reject_rate, threshold, target_precisio
         t = fit_temperature(raw, labels)
         probs, there = tempered(probs, t), tempered(raw, t)
         warm = model.temperature * t if len(labels) >= LEAST else None
-    threshold = model.threshold if threshold is None else threshold
+    if threshold is None and not own_rule: threshold = model.threshold
     why = ""
     if target_precision is not None:
         point = cut_from_labels(raw, labels, target_precision, model.temperature)
@@ -142,7 +143,7 @@ def _check_keep(model: Model | Path | str, keep_cut: bool, *ways) -> None:
     "ValueError where there is no cut to keep, or no folder to keep it in."
     if not keep_cut: return
     if all(way is None for way in ways):
-        raise ValueError("keep_cut: there is no cut to keep; give target_precision with labels, reject_rate or threshold.")
+        raise ValueError("keep_cut: there is no cut to keep; give target_precision with labels, reject_rate, threshold or own_rule.")
     if isinstance(model, Model) or not (Path(model) / "config.json").is_file():
         raise ValueError(f"keep_cut: {model} is no folder of a model on this machine, so nothing can be kept in it.")
 
@@ -169,6 +170,7 @@ def predict(model: Model | Path | str, # a model, or what `Model.load` takes
             reject_rate: float | None = None, # fraction to answer with "other"
             threshold: float | None = None, # least probability of a class
             target_precision: float | None = None, # of the photographs that get a class; needs labels
+            own_rule: bool = False, # UCDM's, in place of a cut that the model keeps
             labels: Path | str | None = None, # a CSV with the columns file and label
             keep_cut: bool = False, # write the cut into the model's folder, to answer with it from now on
             on_error: str = "stop", # or "skip", at a photograph that cannot be read
@@ -181,8 +183,8 @@ def predict(model: Model | Path | str, # a model, or what `Model.load` takes
     ValueError, TypeError or FileNotFoundError for what cannot be, before anything is written; OSError where it cannot
     be written.
     """
-    _check_cut(reject_rate, threshold, target_precision, labels)
-    _check_keep(model, keep_cut, reject_rate, threshold, target_precision)
+    _check_cut(reject_rate, threshold, target_precision, labels, own_rule)
+    _check_keep(model, keep_cut, reject_rate, threshold, target_precision, own_rule or None)
     page = page_folder(page, csv)
     _check_places(folder, csv, sort_into, page, labels)
     home, model = model, model if isinstance(model, Model) else Model.load(model, device)
@@ -193,7 +195,7 @@ def predict(model: Model | Path | str, # a model, or what `Model.load` takes
     with kept_reading(folder, model.size, model.fit, model.alpha, max_pixels) as kept:
         found = read_folder(folder, model.size, model.fit, model.alpha, on_error, max_pixels, kept=kept)
         probs = model.predict(found.images)
-        asked = reject_rate, threshold, target_precision
+        asked = reject_rate, threshold, target_precision, own_rule
         chosen = _choose(model, probs, *asked, known, found.options, on_error, tell)
         a = Answers(model, found, labels=_labels_of(found, known, model.classes), **chosen)
         if strangers: tell(f"labels: of no class of this model, so they count as other: {strangers}")
