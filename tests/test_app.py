@@ -338,6 +338,21 @@ def test_own_rule_is_ucdms(photos, model):
     assert torch.equal(answers(warm), answers(m.predict(images)))
 
 
+def test_own_rule_in_place_of_a_kept_cut(photos, model, tmp_path):
+    "The commands answer by the rule where they are asked to, and the model keeps its cut."
+    shutil.copytree(model, tmp_path / "m")
+    new = photos / "new"
+    assert ucdm("predict", tmp_path / "m", new, "--threshold", 0.9, "--keep-cut", "--device", "cpu")[0] == 0
+    for own, cut in (([], "threshold 0.9"), (["--own-rule"], "own rule")):
+        for words in (("predict", tmp_path / "m", new), ("evaluate", tmp_path / "m", photos / "new_labels.csv")):
+            status, said, wrong = ucdm(*words, *own, "--device", "cpu")
+            assert status == 0 and cut in said, wrong
+    assert Model.load(tmp_path / "m", "cpu").threshold == 0.9
+    for also in (["--threshold", 0.5], ["--reject-rate", 0.3]):
+        status, _, wrong = ucdm("predict", tmp_path / "m", new, "--own-rule", *also)
+        assert status == 2 and "two ways to set the cut" in wrong
+
+
 def test_thresholds_at_equal_scores():
     "Images with equal scores share a fate, and rates at the ends reject none and all."
     probs = torch.tensor([[.5, .5], [.5, .5], [.5, .5], [.9, .1]])

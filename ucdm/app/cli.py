@@ -211,7 +211,7 @@ def evaluate_command(
     "Measure a model on labelled photographs."
     with one_line("evaluate"):
         from ucdm.app.evaluating import evaluate
-        print(evaluate(model, labelled, threshold, max_pixels, device, on_error, own_rule))
+        print(evaluate(model, labelled, threshold, max_pixels, device, on_error=on_error, own_rule=own_rule))
 
 # %% ../../nbs/app/18_cli.ipynb #c64e2e05
 @app.command("export", cls=MayStandAlone, epilog="Example: `ucdm export model --onnx`")

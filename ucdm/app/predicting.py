@@ -148,9 +148,11 @@ def _check_keep(model: Model | Path | str, keep_cut: bool, *ways) -> None:
         raise ValueError(f"keep_cut: {model} is no folder of a model on this machine, so nothing can be kept in it.")
 
 
-def _keep_cut(a: Answers, folder: Path) -> None:
-    "Answer with this cut from now on."
+def _keep_cut(a: Answers, folder: Path, tell: Callable) -> None:
+    "Answer with this cut from now on, and say how the one of before comes back."
     m = a.model
+    if m.threshold not in (None, a.threshold):
+        tell(f"keep_cut: the model's cut was {m.threshold}, from {m.about.get('cut_from', 'an earlier call')}; --threshold {m.threshold} --keep-cut brings it back")
     m.threshold, m.temperature = a.threshold, m.temperature if a.temperature is None else a.temperature
     m.about = m.about | dict(cut_from=a.cut)
     m.write_settings(folder)
@@ -200,7 +202,7 @@ def predict(model: Model | Path | str, # a model, or what `Model.load` takes
         a = Answers(model, found, labels=_labels_of(found, known, model.classes), **chosen)
         if strangers: tell(f"labels: of no class of this model, so they count as other: {strangers}")
         _write(a, csv, sort_into, page, tell)
-    if keep_cut: _keep_cut(a, Path(home))
+    if keep_cut: _keep_cut(a, Path(home), tell)
     return a
 
 # %% ../../nbs/app/13_predicting.ipynb #c147da16
