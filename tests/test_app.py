@@ -2,6 +2,7 @@
 import csv
 import errno
 import json
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
