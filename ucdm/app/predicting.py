@@ -152,7 +152,8 @@ def _keep_cut(a: Answers, folder: Path, tell: Callable) -> None:
     "Answer with this cut from now on, and say how the one of before comes back."
     m = a.model
     if m.threshold not in (None, a.threshold):
-        tell(f"keep_cut: the model's cut was {m.threshold}, from {m.about.get('cut_from', 'an earlier call')}; --threshold {m.threshold} --keep-cut brings it back")
+        tell(f"keep_cut: the model's cut was {m.threshold}, from {m.about.get('cut_from', 'an earlier call')}; "
+             f"--threshold {m.threshold} --keep-cut brings it back")
     m.threshold, m.temperature = a.threshold, m.temperature if a.temperature is None else a.temperature
     m.about = m.about | dict(cut_from=a.cut)
     m.write_settings(folder)
