@@ -169,6 +169,7 @@ PROTOCOLS = {
     "group_pure": "group-pure",
     "mixed": "mixed",
     "last_epochs": "running, mean of the last five epochs",
+    "running+equality": "running, UCDM's rule for \"other\"",
     **{key: f'running, "other" by {rule}' for key, rule in RULES.items()},
 }
 
@@ -188,7 +189,7 @@ def protocols_table(
             )
             for r in results
             for protocol, m in r.protocols.items()
-            if protocol != "held_out"
+            if protocol not in ("held_out", "kept_out") # other images
             for k in ("closed", *OPEN_METRICS)
         ]
     )
