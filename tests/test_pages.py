@@ -129,6 +129,11 @@ def test_findings_quotes_results(files):
     for row in rows:
         assert {key: row[key] for key in GROUPS} == {key: older[row["name"]][key] for key in GROUPS}, row["name"]
         assert (row["n"] == "1") == ("±" not in row["balance"]), row["name"]
+    twenty = {row["name"]: row for row in table(read(f"{COMMITTED}/standard/tables/table_03_open_set_cifar100.md"))
+              if "paper" not in row["block"]}
+    rows = table(page, "twenty classes, in percent")
+    assert len(rows) > 5
+    for row in rows: assert {key: row[key] for key in GROUPS} == {key: twenty[row["name"]][f"60% {key}"] for key in GROUPS}, row["name"]
     text = read(f"{COMMITTED}/standard/tables/table_02_open_set_batch_norm.md")
     ways = {row["name"]: row["balance"] for row in table(text) if row["block"] == "UCDM"}
     rows = table(page, "mismatch")
