@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import combinations
+from math import isclose
 from os.path import commonprefix
 from pathlib import Path
 
@@ -148,13 +149,22 @@ def _check_keep(model: Model | Path | str, keep_cut: bool, *ways) -> None:
         raise ValueError(f"keep_cut: {model} is no folder of a model on this machine, so nothing can be kept in it.")
 
 
+def _cut_before(m: Model, warmer: bool, # whether its temperature is about to change
+               ) -> str:
+    "A model's cut, and how it comes back."
+    if m.threshold is None: return "UCDM's own rule; --own-rule --keep-cut brings it back"
+    source = m.about.get("cut_from", "")
+    was = f"{m.threshold}, from {source}" if source and not source.startswith("threshold") else source or f"{m.threshold}"
+    if warmer: return f"{was}; threshold {m.threshold} and temperature {m.temperature} in config.json bring it back"
+    return f"{was}; --threshold {m.threshold} --keep-cut brings it back"
+
+
 def _keep_cut(a: Answers, folder: Path, tell: Callable) -> None:
     "Answer with this cut from now on, and say how the one of before comes back."
     m = a.model
-    if m.threshold not in (None, a.threshold):
-        tell(f"keep_cut: the model's cut was {m.threshold}, from {m.about.get('cut_from', 'an earlier call')}; "
-             f"--threshold {m.threshold} --keep-cut brings it back")
-    m.threshold, m.temperature = a.threshold, m.temperature if a.temperature is None else a.temperature
+    warm = m.temperature if a.temperature is None else a.temperature
+    if m.threshold != a.threshold: tell(f"keep_cut: the model's cut was {_cut_before(m, not isclose(warm, m.temperature, rel_tol=1e-3))}")
+    m.threshold, m.temperature = a.threshold, warm
     m.about = m.about | dict(cut_from=a.cut)
     m.write_settings(folder)
 
