@@ -204,7 +204,8 @@ def check(folder: Path | str, # of photographs
     prior = load_prior(s.prior, device)
     found = read_photographs(folder, classes, s)
     n_aside = len(split_held_out(found.labels, s.held_out, s.seed)[1])
-    beside = read_others(others, found.images, s, n_aside, None, lambda line: None) if others is not None else None
+    reading = [found.report]
+    beside = read_others(others, found.images, s, n_aside, None, reading.append) if others is not None else None
     what, wanted, megabytes = _wanted(s, len(found), len(classes), prior.image_size, beside)
     foreign = foreign_words(prior.pipe.tokenizer, classes)
     known, _ = recognised(prior, classes)
@@ -212,7 +213,7 @@ def check(folder: Path | str, # of photographs
     rate, sheet = timed(sharp(prior, found, s), found, classes, s, few, progress)
     training = _seconds_of_training(s.size, classes, len(found), s, _some(found, few), device, beside)
     seconds = {what: wanted / rate, "training": training}
-    r = Report(found, classes, s.prior, known, [*foreign], wanted, rate, seconds, megabytes, found.report)
+    r = Report(found, classes, s.prior, known, [*foreign], wanted, rate, seconds, megabytes, "\n".join(reading))
     r.warnings = _warnings(r)
     if out: r.sheet = _write(r, Path(out), sheet)
     return r

