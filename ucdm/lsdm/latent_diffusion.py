@@ -26,7 +26,7 @@ from .training import check_pairs, StageTwo, StageTwoConfig, Trained
 
 # %% ../../nbs/lsdm/08_latent_diffusion.ipynb #de983a9a
 class Denoiser(nn.Module):
-    "epsilon(z_t, t, x): the noise in a noised latent of `d` numbers; conditions as for `Generator`."
+    "epsilon(z_t, t, x): the noise in a noised, standardised latent of `d` numbers; conditions as for `Generator`."
 
     def __init__(self, d: int, n_labels: int = 0, d_condition: int = 0, width: int = 256, blocks: int = 3,
                  d_told: int = 64): # numbers that tell a block about time and label
@@ -35,7 +35,7 @@ class Denoiser(nn.Module):
         self.sizes = dict(d=d, n_labels=n_labels, d_condition=d_condition, width=width, blocks=blocks, d_told=d_told)
         self.of_label = nn.Embedding(n_labels + 1, d_told) if n_labels else None # the last one: NULL
         self.of_time = nn.Linear(d_told, d_told)
-        self.numbers = Standardised(d_condition)
+        self.latents, self.numbers = Standardised(d), Standardised(d_condition)
         self.first = nn.Linear(d + d_condition, width)
         self.blocks = nn.ModuleList(Block(width, d_told) for _ in range(blocks))
         self.last = nn.Linear(width, d)
@@ -54,11 +54,11 @@ class DiffusionConfig(StageTwoConfig):
     check_every: int = 2000 # a look samples 512 latents in 20 steps, twice
 
 def schedule() -> DDIMScheduler:
-    "The noise levels of training and sampling: Stable Diffusion's."
-    return DDIMScheduler(**SD_SCHEDULE)
+    "The noise levels of training and sampling: Stable Diffusion's; sampling begins at the last of them."
+    return DDIMScheduler(**SD_SCHEDULE | dict(timestep_spacing="trailing"))
 
 # %% ../../nbs/lsdm/08_latent_diffusion.ipynb #0c3f7274
-def noise_error(net: Denoiser, levels: DDIMScheduler, x: Tensor, z: Tensor, # conditions and latents, [B, ...]
+def noise_error(net: Denoiser, levels: DDIMScheduler, x: Tensor, z: Tensor, # conditions; standardised latents, [B, ...]
                 rng: torch.Generator, # on the CPU
                ) -> Tensor: # 0-dimensional
     "Mean squared error of the noise predicted at random time steps."
@@ -82,7 +82,7 @@ def denoised(net: Denoiser, x: Tensor, # conditions, [B, ...]
         eps = net(x, z, at)
         if guidance != 1: eps = guided(net(torch.full_like(x, NULL), z, at), eps, guidance)
         z = levels.step(eps, t, z).prev_sample
-    return z
+    return z * net.latents.std + net.latents.mean
 
 # %% ../../nbs/lsdm/08_latent_diffusion.ipynb #01778210
 def item_denoised(net: Denoiser, x: Tensor, # conditions, [N] or [N, c], on the CPU
@@ -113,12 +113,13 @@ def train_denoiser(z: Tensor, # latents of the pairs, floats [N, d]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(c.seed, "init").initial_seed())
         net = Denoiser(z.shape[1], n_labels, 0 if n_labels else x.shape[1], c.width, c.blocks).to(device)
+    net.latents.fit(z)
     if not n_labels: net.numbers.fit(x)
     z, stage = z.float().to(device), StageTwo(dict(denoiser=net), c, data, checkpoint, betas=(0.9, 0.999))
     def update(step):
         rng = step_generator(c.seed, "lsdm diffusion", step)
         i, given = batches(rng)
-        return stage.descend("denoiser", noise_error(net, levels, given.to(device), z[i.to(device)], rng))
+        return stage.descend("denoiser", noise_error(net, levels, given.to(device), net.latents(z[i.to(device)]), rng))
     def measured():
         noises = iter(item_noise(c.seed, rows.tolist(), [""] * len(rows), "check", 2, z.shape[1:]).to(device))
         return measure(x[rows].to(device), z[rows.to(device)], lambda x: denoised(net, x, next(noises)))
