@@ -65,7 +65,7 @@ def write_csv(a: Answers, file: Path | str) -> None:
     "The table as a CSV. OSError if it cannot be written; a file that was there before is then unchanged."
     held = io.StringIO()
     table(a).to_csv(held, index=False, lineterminator="\n")
-    write_atomic(file, held.getvalue())
+    write_atomic(Path(file).resolve(), held.getvalue()) # through a link: it stays one
 
 # %% ../../nbs/app/11_answer_table.ipynb #54c03904
 LONGEST = 200 # bytes of a folder's name; file systems take 255, and a number may come behind

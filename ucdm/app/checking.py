@@ -215,6 +215,7 @@ def check(folder: Path | str, # of photographs
     seconds = {what: wanted / rate, "training": training}
     r = Report(found, classes, s.prior, known, [*foreign], wanted, rate, seconds, megabytes, "\n".join(reading))
     r.warnings = _warnings(r)
+    if beside and beside.skipped: r.warnings.append(f"{beside.skipped} photographs of other things cannot be read")
     if out: r.sheet = _write(r, Path(out), sheet)
     return r
 

@@ -92,7 +92,7 @@ def demo(folder: Path | str, # a new folder
         checked(value, hint, name)
     folder = Path(folder)
     _door(folder)
-    write_atomic(folder / IGNORE_FILE, _IGNORED) # first, as the mark of this folder
+    if not (folder / IGNORE_FILE).is_file(): write_atomic(folder / IGNORE_FILE, _IGNORED) # first, as the mark of this folder
     for half in folder.rglob("photo_*.partial"): half.unlink() # which a killed call left
     train, test = (load_dataset("fashion-mnist", part) for part in ("train", "test"))
     split = cdm_split((train, test), n_seeds=photos, n_test=new, seed=seed)

@@ -142,6 +142,10 @@ def _finished(out: Path, spec: dict, device: str | None = None) -> Model | None:
     preset = there.get("settings", {}).get("preset", "paper") # of earlier versions
     follows = {k: there.get(k, {}) for k in ("pairs", "training")} # from the other fields
     as_there = spec | dict(settings=spec.get("settings", {}) | dict(preset=preset)) | follows
+    with_others, given = (of.get("training", {}).get("photographs_id", "") for of in (there, spec)) # photographs of other things
+    if with_others != given and _decided(there) == _decided(as_there):
+        said = "without --others" if not with_others else "with other photographs of other things" if given else "with --others"
+        raise ValueError(f"out: {out} holds a model made {said}; give the same, or another name, or delete it.")
     if preset != spec.get("settings", {}).get("preset") and _decided(there) == _decided(as_there):
         raise ValueError(f"out: {out} holds a model made with --preset {preset}; give that, or another name, or delete it.")
     raise ValueError(f"out: {out} holds a model of other photographs or settings; give another name, or delete it.")
@@ -316,13 +320,16 @@ def _with_cut(name: Path | str, classes: tuple[str, ...], device: str) -> Model:
     return model
 
 # %% ../../nbs/app/10_fitting.ipynb #7c1b2a6d
-def _take_cut(model: Model, earlier: Model, found: Photographs) -> None:
+def _take_cut(model: Model, earlier: Model, found: Photographs, tell: Callable) -> None: # takes a line
     "Give a model the cut that answers as many photographs with \"other\" as an earlier model's does."
+    before = model.threshold
     given = answers(earlier.predict(found.images), earlier.threshold)
     rate = (given == len(model.classes)).double().mean().item()
     model.threshold = threshold_for_rate(model.predict(found.images), rate)
     said = f"{rate:.0%} of the photographs are answered with other, as by an earlier model"
     model.about = model.about | dict(cut_from=said)
+    if model.threshold != before: tell(f"keep_cut: the threshold is {model.threshold:g}, so that {said}"
+                                       + (f"; it was {before:g}" if before is not None else ""))
 
 # %% ../../nbs/app/10_fitting.ipynb #2811a013
 def _meanwhile(job: Job, out: Path) -> Model | None:
@@ -339,14 +346,14 @@ def _fitted(job: Job, out: Path, earlier: Model | None, began: float, progress: 
         try:
             with locked(job.work / ".lock", str(out), timeout=0):
                 made = _model(job, began, progress)
-                if earlier: _take_cut(made, earlier, job.found)
+                if earlier: _take_cut(made, earlier, job.found, job.tell)
                 model = _meanwhile(job, out)
                 if model is None:
                     made.save_pretrained(out)
                     return made
         except TimeoutError as e: raise RuntimeError(str(e)) from None
     if earlier:
-        _take_cut(model, earlier, job.found)
+        _take_cut(model, earlier, job.found, job.tell)
         model.write_settings(out)
     return model
 

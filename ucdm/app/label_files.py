@@ -62,13 +62,20 @@ class Labelled:
     label: str
     group: str = ""
 
+# %% ../../nbs/app/01_label_files.ipynb #5a1c0e32
+def _spelt_out(name: str, folders: list[Path]) -> list[Path]:
+    "Files whose names are printed like this."
+    if "\\" not in name: return []
+    found = (p for folder in folders for p in folder.rglob("*") if p.is_file())
+    return [p for p in found if any(f"/{printable(q.as_posix())}".endswith(f"/{name.lstrip('/')}") for q in (p, p.resolve()))]
+
 # %% ../../nbs/app/01_label_files.ipynb #45538515
 def _found(name: str, places: list[Path], where: str, gone: bool) -> Path:
     """The file that a line names.
 
     FileNotFoundError if it is in none of the places, unless it may be gone; ValueError for two different files.
     """
-    there = [place / name for place in places if os.path.isfile(place / name)]
+    there = [place / name for place in places if os.path.isfile(place / name)] or _spelt_out(name, places[1:])
     if len({os.path.realpath(path) for path in there}) > 1:
         both = printable(" and ".join(map(str, there)))
         raise ValueError(f"{where}: {name!r} may be {both}; write its whole path.")

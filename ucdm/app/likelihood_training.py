@@ -69,6 +69,7 @@ class Others:
     learnt: Tensor # uint8 [M, 3, size, size]
     aside: Tensor # for the cut
     content: str # 16 hex digits
+    skipped: int = 0 # files that cannot be read
 
 # %% ../../nbs/app/09_likelihood_training.ipynb #a72e7263
 def other_photographs(images: Tensor, # uint8 [M, 3, size, size]
@@ -132,7 +133,7 @@ def read_others(folder: Path | str, photos: Tensor, # the photographs whose clas
     "Photographs of other things. Errors as `read_photographs` and `other_photographs`."
     try: read = read_photographs(folder, (), s, None, kept, READ)
     except ValueError as e: raise ValueError(f"others: {str(e).removeprefix('folder: ')}") from None
-    others = other_photographs(read.images, photos, s, n_aside)
+    others = replace(other_photographs(read.images, photos, s, n_aside), skipped=len(read.skipped))
     tell(f"others: {read.report}\n  to learn from: {len(others.learnt):,}; kept aside for a cut: {len(others.aside):,}")
     if not len(others.aside): tell(f"  no cut: {NEEDED}")
     return others

@@ -7,7 +7,7 @@ __all__ = ['SHEET', 'FILES', 'Model', 'to_side', 'curves_of', 'without_paths', '
            'BadModel', 'check_device']
 
 # %% ../../nbs/app/05_model.ipynb #d5f08b66
-import hashlib, json, tempfile
+import hashlib, json, math, tempfile
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Annotated, Literal
 
@@ -39,7 +39,8 @@ from ..method.two_head_wideresnet import normalise
 _ARGUMENTS = dict( # of `Model`: what they may be
     size=Annotated[int, Interval(ge=SMALLEST, le=LARGEST)], fit=Literal["crop", "pad", "squash"],
     alpha=Literal["white", "grey", "black"], depth=Count, width=Count, precision=Literal[tuple(PRECISIONS)],
-    threshold=Fraction | None, temperature=Annotated[float, Gt(0), Interval(le=1e6)], about=dict | None, history=dict | None,
+    threshold=Annotated[float, Interval(ge=0, le=math.nextafter(1, 2))] | None, # the last one: nothing passes
+    temperature=Annotated[float, Gt(0), Interval(le=1e6)], about=dict | None, history=dict | None,
     weights=str,
 )
 

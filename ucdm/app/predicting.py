@@ -56,16 +56,20 @@ def _check_cut(reject_rate, threshold, target_precision, labels, own_rule: bool)
 def _choose(model: Model, probs: Tensor, reject_rate, threshold, target_precision, own_rule: bool, known: list[Labelled],
             options: PhotoOptions, on_error: str, tell: Callable,
            ) -> dict: # probabilities, threshold, the cut in words, temperature: of `Answers`
-    "The cut that was asked for, or else the model's. With labelled photographs the temperature is fitted, too."
+    """The cut that was asked for, or else the model's. With labelled photographs the temperature is fitted, too, unless
+    the model's own cut decides, which belongs to its own temperature.
+    """
     there, warm = probs[:0], None
+    stays = model.threshold is not None and (reject_rate, threshold, target_precision, own_rule) == (None, None, None, False)
     if known:
         images, labels, skipped = labelled_images(known, model.classes, options, on_error)
         for s in skipped: tell(f"labels: left out, since it cannot be read: {s.name}: {s.reason}")
-        if len(labels) < LEAST: tell(f"labels: {len(labels)} are too few to fit the temperature, which takes {LEAST}; the model's stays")
+        if stays: tell("labels: the model answers by the cut that it keeps, and at the temperature that belongs to it")
+        elif len(labels) < LEAST: tell(f"labels: {len(labels)} are too few to fit the temperature, which takes {LEAST}; the model's stays")
         raw = model.predict(images)
-        t = fit_temperature(raw, labels)
+        t = 1.0 if stays else fit_temperature(raw, labels)
         probs, there = tempered(probs, t), tempered(raw, t)
-        warm = model.temperature * t if len(labels) >= LEAST else None
+        warm = model.temperature * t if len(labels) >= LEAST and not stays else None
     if threshold is None and not own_rule: threshold = model.threshold
     why = ""
     if target_precision is not None:
@@ -147,12 +151,15 @@ def _check_keep(model: Model | Path | str, keep_cut: bool, *ways) -> None:
         raise ValueError("keep_cut: there is no cut to keep; give target_precision with labels, reject_rate, threshold or own_rule.")
     if isinstance(model, Model) or not (Path(model) / "config.json").is_file():
         raise ValueError(f"keep_cut: {model} is no folder of a model on this machine, so nothing can be kept in it.")
+    check_place(model, "keep_cut", folder=True)
 
 
 def _cut_before(m: Model, warmer: bool, # whether its temperature is about to change
                ) -> str:
     "A model's cut, and how it comes back."
-    if m.threshold is None: return "UCDM's own rule; --own-rule --keep-cut brings it back"
+    if m.threshold is None:
+        at = f" at temperature {m.temperature}" if warmer else ""
+        return f"UCDM's own rule{at}; --own-rule --keep-cut brings it back" + (", and config.json takes the temperature" if warmer else "")
     source = m.about.get("cut_from", "")
     was = f"{m.threshold}, from {source}" if source and not source.startswith("threshold") else source or f"{m.threshold}"
     if warmer: return f"{was}; threshold {m.threshold} and temperature {m.temperature} in config.json bring it back"
@@ -163,10 +170,13 @@ def _keep_cut(a: Answers, folder: Path, tell: Callable) -> None:
     "Answer with this cut from now on, and say how the one of before comes back."
     m = a.model
     warm = m.temperature if a.temperature is None else a.temperature
-    if m.threshold != a.threshold: tell(f"keep_cut: the model's cut was {_cut_before(m, not isclose(warm, m.temperature, rel_tol=1e-3))}")
+    warmer = not isclose(warm, m.temperature, rel_tol=1e-3)
+    before = _cut_before(m, warmer) if m.threshold != a.threshold or warmer else ""
     m.threshold, m.temperature = a.threshold, warm
     m.about = m.about | dict(cut_from=a.cut)
+    if a.temperature is not None: m.about |= dict(temperature_from="labelled photographs")
     m.write_settings(folder)
+    if before: tell(f"keep_cut: the model's cut was {before}")
 
 # %% ../../nbs/app/13_predicting.ipynb #7c12e040
 def _labels_of(found: FolderImages, known: list[Labelled], classes: tuple[str, ...]) -> dict[str, int]: # by name

@@ -44,7 +44,8 @@ class Review:
 def begin_review(a: Answers, file: Path | str) -> Review:
     "A review from its beginning, or from where an earlier one with the same file ended. ValueError for another CSV."
     file = Path(file)
-    known = {str(k.path.resolve()): k.label for k in read_labels(file, gone=True)} if file.exists() else {}
+    rows = read_labels(file, a.found.folder, gone=True) if file.exists() else []
+    known = {str(k.path.resolve()): k.label for k in rows}
     place = {name: n for n, name in enumerate(a.found.names)}
     order = [place[name] for name in table(a)["file"]]
     order = [n for n in order if str(a.found.paths[n].resolve()) not in known]
@@ -59,9 +60,11 @@ def next_open(r: Review, at: int) -> int: # len(r.order): all are looked at
 # %% ../../nbs/app/17_reviewing.ipynb #7c16e021
 def _rows_now(r: Review) -> list[tuple[str, dict[str, str]]]: # whole path, column -> field
     "What the CSV holds at this moment; what this review knows if it was deleted. ValueError if it cannot be read."
-    try: read_labels(r.file, gone=True) # is it in order?
+    folder = r.answers.found.folder
+    try: read_labels(r.file, folder, gone=True) # is it in order?
     except FileNotFoundError: return [(path, dict(file=path, label=name)) for path, name in r.labels.items()]
-    return [(str((r.file.parent / row["file"]).resolve()), row) for _, row in label_rows(r.file, empty=True)]
+    def place(name): return next((p for p in (r.file.parent / name, folder / name) if p.is_file()), r.file.parent / name)
+    return [(str(place(row["file"]).resolve()), row) for _, row in label_rows(r.file, empty=True)]
 
 # %% ../../nbs/app/17_reviewing.ipynb #7c16e026
 def _csv(rows: Iterable[dict[str, str]]) -> str:
