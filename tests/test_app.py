@@ -460,7 +460,7 @@ from ucdm.app.reviewing import note, Review
 
 file, which = Path(sys.argv[1]), int(sys.argv[2])
 paths = [file.parent / f"{n}.jpg" for n in range(60)]
-r = Review(SimpleNamespace(found=SimpleNamespace(paths=paths)), file, order=list(range(60)))
+r = Review(SimpleNamespace(found=SimpleNamespace(paths=paths, folder=file.parent)), file, order=list(range(60)))
 print("ready", flush=True)
 input()
 for n in range(which, 60, 3): note(r, n, f"by {which}")
