@@ -9,7 +9,7 @@ __all__ = ['BAD_INPUT', 'app', 'FOLDER', 'CLASSES', 'PRIOR', 'SIZE', 'FIT', 'ALP
            'pairs_command', 'store_command', 'reproduce_command']
 
 # %% ../../nbs/app/18_cli.ipynb #4cef107a
-import sys, warnings
+import os, sys, warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,9 @@ from typer.core import TyperCommand
 
 from ..core.files import Unusable
 from ..core.progress import print_anything, say
+
+# %% ../../nbs/app/18_cli.ipynb #c0a57a02
+os.environ.setdefault("GOMP_SPINCOUNT", "3000") # rounds of a loop
 
 # %% ../../nbs/app/18_cli.ipynb #9b058efd
 BAD_INPUT = (ValueError, TypeError, FileNotFoundError, NotADirectoryError, IsADirectoryError, ImportError, Unusable)
