@@ -17,7 +17,7 @@ from typing import Annotated
 from annotated_types import Interval
 
 from .answer_table import Answers, table
-from .label_files import label_rows, read_labels
+from .label_files import label_rows, labelled_file, read_labels
 from .model import check_place, Model
 from .photographs import pixels_of
 from .predicting import predict
@@ -60,11 +60,11 @@ def next_open(r: Review, at: int) -> int: # len(r.order): all are looked at
 # %% ../../nbs/app/17_reviewing.ipynb #7c16e021
 def _rows_now(r: Review) -> list[tuple[str, dict[str, str]]]: # whole path, column -> field
     "What the CSV holds at this moment; what this review knows if it was deleted. ValueError if it cannot be read."
-    folder = r.answers.found.folder
-    try: read_labels(r.file, folder, gone=True) # is it in order?
+    places = [r.file.parent, r.answers.found.folder]
+    try: read_labels(r.file, places[1], gone=True) # is it in order?
     except FileNotFoundError: return [(path, dict(file=path, label=name)) for path, name in r.labels.items()]
-    def place(name): return next((p for p in (r.file.parent / name, folder / name) if p.is_file()), r.file.parent / name)
-    return [(str(place(row["file"]).resolve()), row) for _, row in label_rows(r.file, empty=True)]
+    rows = [row for _, row in label_rows(r.file, empty=True)]
+    return [(str(labelled_file(row["file"], places, f"labels: {r.file}", True).resolve()), row) for row in rows]
 
 # %% ../../nbs/app/17_reviewing.ipynb #7c16e026
 def _csv(rows: Iterable[dict[str, str]]) -> str:
