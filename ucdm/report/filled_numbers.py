@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..core.files import write_atomic
+from .claims import stored_outcome
 from .intervals import mean_text
 
 # %% ../../nbs/report/14_filled_numbers.ipynb #a4000007
@@ -42,6 +43,20 @@ def _of_runs(asked: re.Match, # of `_RUNS`
     if any(metric not in h for h in held): raise ValueError(f"{asked[0]}: there are {', '.join(held[0]) or 'no such metrics'}.")
     return mean_text([h[metric] for h in held])
 
+# %% ../../nbs/report/14_filled_numbers.ipynb #a4000019
+_PLURAL = dict(holds="hold", hint="hints")
+
+def _outcome(claims: list[str], # how each begins
+             checks: list[dict], # as stored
+            ) -> str:
+    "What was found of one claim, or, in the plural where there is one, of several. ValueError if they differ, or begin no claim, or two."
+    found = [[c for c in checks if c["claim"].startswith(start)] for start in claims]
+    if wrong := [start for start, f in zip(claims, found) if len(f) != 1]:
+        raise ValueError(f"{wrong[0]!r} must begin one claim; there are: {' // '.join(c['claim'] for c in checks)}")
+    outcomes = [stored_outcome(c) for c, in found]
+    if len(set(outcomes)) > 1: raise ValueError(f"one word for {', '.join(outcomes)}: {' // '.join(claims)}; write a sentence that tells them apart.")
+    return outcomes[0] if len(claims) == 1 else _PLURAL.get(outcomes[0], outcomes[0])
+
 # %% ../../nbs/report/14_filled_numbers.ipynb #a4000008
 def number_of(source: str, # profile/notebook/number, perhaps with " | " and a format
               committed: Path, # outputs/committed
@@ -55,6 +70,7 @@ def number_of(source: str, # profile/notebook/number, perhaps with " | " and a f
     result = json.loads(_read(file))
     if what in ("runs", "stale"): return str(len(result["runs"]) if what == "runs" else result["stale"])
     if what == "verdict": return result["verdict"]
+    if what.startswith("outcome of "): return _outcome(what.removeprefix("outcome of ").split(" // "), result["checks"])
     if what in result["numbers"]:
         value = result["numbers"][what]
         return value if isinstance(value, str) else f"{value:{form or '.1f'}}"
@@ -66,7 +82,7 @@ def number_of(source: str, # profile/notebook/number, perhaps with " | " and a f
     raise ValueError(f"{source}: no such number; there are {', '.join(result['numbers'])}, ROW; COLUMN, or PROTOCOL METRIC of RUNS.")
 
 # %% ../../nbs/report/14_filled_numbers.ipynb #a4000011
-_VERDICT = "holds|hint|partly|not shown|does not hold|not tested|not run"
+_VERDICT = "holds?|hints?|partly|not shown|does not hold|not tested|not run"
 _FILLED = re.compile(rf"([-–−]?\d[\d.,]*(?: ± [\d.,]+)?|[–?]|{_VERDICT}|(?<=[\s(|]))(?=<!--= (.+?) -->)") # or nothing yet
 _SOURCE = re.compile(r"<!--= .+? -->")
 
