@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['HOLDS', 'HINT', 'OPEN', 'FAILS', 'LEAST_RUNS', 'LEVEL', 'LEAST_COUNT', 'Difference', 'difference', 'runs_needed',
-           'Check', 'every', 'compared', 'of_counts', 'not_beyond_chance', 'corrected', 'verdict', 'Conclusion',
-           'conclude', 'stored_outcome', 'aged']
+           'Check', 'every', 'compared', 'of_counts', 'not_beyond_chance', 'corrected', 'verdict', 'measured',
+           'Conclusion', 'conclude', 'stored_outcome', 'aged']
 
 # %% ../../nbs/report/05_claims.ipynb #ef54a729
-import math
+import hashlib, json, math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 from scipy.stats import binomtest, t as student_t
 
-from ..core.files import atomic_json, write_atomic
+from ..core.files import atomic_json, canonical, write_atomic
 from .intervals import mean_interval, spread
 from ..runs.code import code_hash
 from ..runs.result import mark_done, RunResult
@@ -138,6 +138,16 @@ def verdict(checks: Sequence[Check]) -> str: # "holds", "hint", "partly", "not s
     if HOLDS in others: return "partly"
     return central or "not tested"
 
+# %% ../../nbs/report/05_claims.ipynb #c1a10051
+def measured(folder: Path, # results/runs of a batch
+             runs: Sequence[str], # their names
+            ) -> str | None: # 16 hex digits; None if a file is missing
+    "A fingerprint of what runs measured."
+    files = [folder / f"{run}.json" for run in sorted(runs)]
+    if not all(f.is_file() for f in files): return None
+    protocols = [json.loads(f.read_text(encoding="utf-8"))["protocols"] for f in files]
+    return hashlib.sha256(canonical(protocols).encode()).hexdigest()[:16]
+
 # %% ../../nbs/report/05_claims.ipynb #facfb40a
 def _by_chance(checks: Sequence[Check]) -> str:
     "What a page with several comparisons of runs has to say about chance."
@@ -207,6 +217,7 @@ def conclude(name: str, # of the notebook
             figures=list(figures),
             tables=list(tables),
             runs=[r.hash for r in unique],
+            measured=measured(out / "results" / "runs", [r.hash for r in unique]),
             run_seconds=round(sum(sum(r.provenance["seconds"].values()) for r in unique), 1),
             stale=stale,
         ),
