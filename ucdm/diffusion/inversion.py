@@ -36,7 +36,7 @@ def invert(
     ValueError for an unknown method, RuntimeError where the implicit step does not converge.
     """
     if method not in ("eq6", "ode", "implicit"):
-        raise ValueError(f"inversion={method!r} is unknown; choose 'eq6', 'ode' or 'implicit'.")
+        raise ValueError(f"method={method!r} is unknown; choose 'eq6', 'ode' or 'implicit'.")
     x = x_0
     for i in range(1, grid.steps + 1):
         t_new, t_old = grid.timesteps[i], grid.timesteps[i - 1]

@@ -94,9 +94,11 @@ def matched_grid(schedule: Schedule, steps: int,
 # %% ../../nbs/diffusion/01_schedule.ipynb #aba46eac
 def reference_grids(schedule: Schedule, steps: int, clean: float | None = None,
                    ) -> tuple[Grid, Grid]: # inversion grid, sampling grid
-    "The grids of the paper's released code: off by one step at the top."
+    "The grids of the paper's released code: off by one step at the top. ValueError where there is no room for it."
     t = inference_timesteps(schedule, steps)
     up = (*t, min(len(schedule) - 2, t[-1] + len(schedule) // steps))
+    if up[-1] <= up[-2]:
+        raise ValueError(f"the released code's grid has no train step above {up[-2]} left; take 'matched', or fewer steps.")
     return Grid(up, tuple(schedule.alpha_bar[list(up)].tolist())), matched_grid(schedule, steps, clean)
 
 # %% ../../nbs/diffusion/01_schedule.ipynb #f5c168c1
@@ -108,7 +110,7 @@ def grid_pair(
 ) -> tuple[Grid, Grid]: # inversion grid, sampling grid
     "The grids of inversion and of sampling. ValueError for an unknown kind."
     if kind == "reference": return reference_grids(schedule, steps, clean)
-    if kind != "matched": raise ValueError(f"grid={kind!r} is unknown; choose 'matched' or 'reference'.")
+    if kind != "matched": raise ValueError(f"kind={kind!r} is unknown; choose 'matched' or 'reference'.")
     return (grid := matched_grid(schedule, steps, clean)), grid
 
 # %% ../../nbs/diffusion/01_schedule.ipynb #a5131581

@@ -27,12 +27,7 @@ from ..core.randomness import step_generator
 from ..data.images import ImageSet, to_float
 from .captions import brightness_adjective
 from ucdm.diffusion.prior_pipeline import (
-    build_pipeline,
-    caption_sampler,
-    CaptionSampler,
-    kept_tokenizer,
-    MiniPriorConfig,
-    training_images,
+    build_pipeline, caption_sampler, CaptionSampler, check_training_images, kept_tokenizer, MiniPriorConfig, training_images
 )
 
 # %% ../../nbs/diffusion/07_train_prior.ipynb #55e17773
@@ -381,11 +376,13 @@ def train(
 ) -> Path: # the pipeline's folder
     """Train a mini prior into the folder `out`, resuming from the checkpoints in it.
 
-    `images` replaces the embedded prior's training images; ValueError if they are not those of the checkpoints.
+    `images` replaces the embedded prior's training images, each with a label; ValueError if they are not those of the
+    checkpoints, or too few.
     """
     out = Path(out); out.mkdir(parents=True, exist_ok=True)
     device = default_device()
     images = images or training_images(root)
+    check_training_images(images, config)
     _same_images(out / "images.sha256", images)
     tokenizer = kept_tokenizer(out / "tokenizer", images.classes, config)
     pipe = build_pipeline(config, tokenizer)

@@ -56,13 +56,15 @@ def continuations(writer: Writer, start: str, # of a caption
             ids.to(m.device), attention_mask=torch.ones_like(ids).to(m.device), do_sample=True, top_p=0.95, top_k=0,
             num_return_sequences=n, max_new_tokens=longest, pad_token_id=t.eos_token_id,
         )
-    return [start + " " + t.decode(row[ids.shape[1]:], skip_special_tokens=True).strip() for row in made]
+    begun = t.decode(ids[0], skip_special_tokens=True)
+    return [start + t.decode(row, skip_special_tokens=True).removeprefix(begun) for row in made]
 
 # %% ../../nbs/diffusion/11_written_prompts.ipynb #8e20beee
-def first_sentence(text: str) -> str:
+def first_sentence(text: str, start: str = "", # its beginning, in which no sentence ends: "St. Bernard"
+                  ) -> str:
     "Up to the first end of a line or of a sentence."
-    line = text.strip().partition("\n")[0]
-    return line.partition(". ")[0].strip(" .\"'")
+    line = text.removeprefix(start).partition("\n")[0]
+    return (start + line.partition(". ")[0]).strip(" .\"'")
 
 # %% ../../nbs/diffusion/11_written_prompts.ipynb #7f8d325a
 def is_usable(prompt: str, start: str, # its beginning
@@ -70,7 +72,9 @@ def is_usable(prompt: str, start: str, # its beginning
               fits: Callable[[str], bool], # whether the generator takes it whole
              ) -> bool:
     "Whether a written prompt will do."
-    return len(prompt) > len(start) and not any(contains_word(prompt[len(start):], c) for c in others) and fits(prompt)
+    rest = prompt[len(start):]
+    goes_on = rest and not rest[0].isalnum() # "a cat" and "fish" are a catfish
+    return bool(goes_on) and not any(contains_word(rest, c) for c in others) and fits(prompt)
 
 # %% ../../nbs/diffusion/11_written_prompts.ipynb #bf22200b
 def fits_into(prior) -> Callable[[str], bool]: # a generator
@@ -86,7 +90,7 @@ def _usable_prompts(writer: Writer, start: str, others: Sequence[str], fits: Cal
     "Prompts in the order in which they were written; some may come twice."
     for attempt in range(10):
         for text in continuations(writer, start, 2 * n, seed * 1000 + attempt):
-            if is_usable(prompt := first_sentence(text), start, others, fits): yield prompt
+            if is_usable(prompt := first_sentence(text, start), start, others, fits): yield prompt
 
 # %% ../../nbs/diffusion/11_written_prompts.ipynb #16ea1e0f
 def written_prompts(writer: Writer,

@@ -204,6 +204,9 @@ def check_generator(prior: Prior, names: Sequence[str], # of classes
     if config.positive_sampler == "ddim": grid_pair(prior.schedule, config.steps_of("positive"), config.grid)
     else: solver(prior.pipe.scheduler.config, config.positive_sampler, config.steps_of("positive"))
     grid_pair(prior.schedule, config.steps, config.grid)
+    if config.inversion == "implicit" and prior.dtype != torch.float32: raise ValueError(
+        f"inversion='implicit' needs the generator in float32: in {str(prior.dtype)[6:]} the predicted noise is too coarse for "
+        "its iteration to settle. Load it with dtype=torch.float32, or take 'eq6'.")
     if config.deep_every > 1: check_keeps_features(prior.pipe.unet)
     check_prompts(prior, names, [prompt for n in names for prompt in config.prompts_of(n)])
 

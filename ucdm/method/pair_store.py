@@ -147,17 +147,15 @@ def append(self: PairStore, ids: Sequence[int], images: Tensor, # uint8 [n, K, 3
           ) -> None:
     """Add the images of some seed images.
 
-    ValueError for a seed image that is there already, RuntimeError if another process is writing.
+    ValueError for a seed image that is there already, or without an id, RuntimeError if another process is writing.
     """
     ids = [int(i) for i in ids]
+    if len(ids) != len(images) or not ids: raise ValueError(f"{len(ids)} ids for images of {len(images)} seeds; give as many.")
     with self._hold():
         shard, _ = self.contents.refresh(own=True).place.find(ids)
         if double := [i for i, n in zip(ids, shard) if n >= 0]:
-            raise ValueError(
-                f"{self.folder} holds seed {double[0]} already"
-                + (f", and {len(double) - 1} more of these" if len(double) > 1 else "")
-                + "; what is stored is never written twice."
-            )
+            more = f", and {len(double) - 1} more of these" if len(double) > 1 else ""
+            raise ValueError(f"{self.folder} holds seed {double[0]} already{more}; what is stored is never written twice.")
         self.contents.add(self._write(ids, images))
 
 # %% ../../nbs/method/06_pair_store.ipynb #2538d209

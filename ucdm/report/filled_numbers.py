@@ -54,7 +54,8 @@ def _outcome(claims: list[str], # how each begins
     if wrong := [start for start, f in zip(claims, found) if len(f) != 1]:
         raise ValueError(f"{wrong[0]!r} must begin one claim; there are: {' // '.join(c['claim'] for c in checks)}")
     outcomes = [stored_outcome(c) for c, in found]
-    if len(set(outcomes)) > 1: raise ValueError(f"one word for {', '.join(outcomes)}: {' // '.join(claims)}; write a sentence that tells them apart.")
+    if len(set(outcomes)) > 1:
+        raise ValueError(f"one word for {', '.join(outcomes)}: {' // '.join(claims)}; write a sentence that tells them apart.")
     return outcomes[0] if len(claims) == 1 else _PLURAL.get(outcomes[0], outcomes[0])
 
 # %% ../../nbs/report/14_filled_numbers.ipynb #a4000008
