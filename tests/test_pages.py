@@ -123,6 +123,16 @@ def test_pages_are_of_their_runs(files):
     assert not old, f"make these pages again from the runs that are there (finished_only), and publish them: {old}"
 
 
+@pytest.mark.parametrize("profile", ["quick", "standard"])
+def test_results_have_records(files, profile):
+    "Of each result that is shown it is known when it was made, and with which parameters; a later attempt took nothing away."
+    home = f"{COMMITTED}/{profile}/results"
+    jobs = json.loads(read(f"{home}/batch.json"))["jobs"]
+    names = {Path(f).stem for f in files if re.fullmatch(rf"{home}/\w+\.json", f)} - {"batch"}
+    assert len(names) > 30
+    assert not (lost := sorted(n for n in names if jobs.get(n, {}).get("status") != "done")), f"no record of {lost}"
+
+
 def test_findings_quotes_results(files):
     "The large table, and the four proportions in three ways of testing."
     page, ours = prose("nbs/findings.ipynb"), measured("standard")

@@ -236,7 +236,8 @@ def __call__(self: Starter, log: Path, # where its output goes
 def _start(self: Starter, log, env, args):
     "A process that starts from nothing."
     code = "import sys; from ucdm.batch.kernels import execute; sys.exit(execute(*sys.argv[1:]))"
-    with open(log, "wb") as sink:
+    Path(log).write_bytes(b"")
+    with open(log, "ab") as sink: # others write to its end, too
         streams = dict(stdout=sink, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
         command = [sys.executable, "-c", code, *args, str(os.getpid())]
         process = subprocess.Popen(command, **streams, env=env, start_new_session=True, pass_fds=[self.lock])
@@ -267,7 +268,7 @@ def _received(descriptor): return _Descriptor(descriptor.detach())
 def _forked(lock, log, env, args): # in the new process
     "Execute a notebook in a process of the fork server, its output going to the log."
     os.setsid()
-    sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644) # others write to its end, too
     for stream in (sys.stdout, sys.stderr):
         os.dup2(sink, stream.fileno())
         stream.reconfigure(line_buffering=True)

@@ -150,6 +150,7 @@ def _entry(batch, job, outcome: Outcome, before: dict) -> dict:
         title=job.experiment.title,
         claim=job.experiment.claim,
         parameters={p.name: job.parameters.get(p.name, p.default) for p in job.experiment.parameters.values()},
+        given=[v for v in batch.given if v.partition("=")[0].strip() in job.experiment.parameters],
     )
     executed = batch.notebook(job)
     ran = outcome.status in ("done", "kept", "failed", "timed out") and executed.exists()
@@ -186,7 +187,7 @@ def _number(v) -> str: # as the page shows it
 
 def _duration(entry: dict, result: dict) -> str:
     "How long a notebook and its runs took, in words."
-    if entry.get("seconds") is None: return "not run yet"
+    if entry.get("seconds") is None: return "no record of its run" if result else "not run yet"
     runs = f", its runs {human_time(result['run_seconds'])} of computing" if result.get("run_seconds") else ""
     return f"notebook {human_time(entry['seconds'])}{runs}"
 
@@ -202,8 +203,11 @@ def _age(entry: dict, result: dict) -> list[str]: # sentences
     "What a reader has to know of an older result."
     from ucdm.report.claims import aged
     said = aged(result.get("checks", []), result.get("stale", 0), len(result.get("runs", [])))
+    if given := entry.get("given"): said.insert(0, f"Run with {', '.join(given)} in place of what the profile says.")
     if entry["status"] == "done": return said
-    return ["This is the result of an earlier time; the notebook was begun anew since, and did not end.", *said]
+    if entry["status"] == "waiting": return ["There is no record of when this result was made, and with which parameters.", *said]
+    since = "was not begun" if entry.get("error") == "not started" else "was begun anew since, and did not end"
+    return [f"This is the result of an earlier time; the notebook {since}.", *said]
 
 
 def _item(out: Path, name: str, entry: dict, result: dict, source: str | None) -> dict:
@@ -221,7 +225,7 @@ def _item(out: Path, name: str, entry: dict, result: dict, source: str | None) -
         figures=[quote(f) for f in figures],
         claim=entry["claim"] or result.get("claim", ""),
         thumb=thumbnail(out / figures[0]) if figures else "",
-        numbers={k: _number(v) for k, v in result.get("numbers", {}).items()},
+        numbers={k: _number(v) for k, v in result.get("numbers", {}).items() if v is not None},
         checks=[_part(c) for c in result.get("checks", [])],
         age=_age(entry, result) if result else [],
         runs=result.get("runs", []),
@@ -237,11 +241,12 @@ def _facts() -> dict:
 def _facts_shown(where: dict, invocations: list[dict], items: list[dict], entries: dict) -> dict[str, str]:
     "The line of facts at the top."
     count = lambda badge: sum(i["badge"] == badge and i["status"] == "done" for i in items)
+    open_ones = lambda word: sum(i["verdict"].startswith(word) and i["status"] == "done" for i in items)
     known = invocations or [where]
     devices = dict.fromkeys(i["device"] for i in invocations if "device" in i)
     shown = {
         "claims": f"{count('holds')} hold, {count('partly')} hold partly, of {count('hint')} there is a hint, "
-                  f"{count('no')} do not hold",
+                  f"{count('no')} do not hold, {open_ones('not shown')} are not shown, {open_ones('not tested')} not tested",
         "commit": _commits(known),
         "device": ", ".join(devices) or where["device"],
         "torch": where["packages"]["torch"],

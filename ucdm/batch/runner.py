@@ -36,9 +36,10 @@ class Batch:
                  # all that there are, for the page: it drops results of others; None: it keeps them
                  experiments: Mapping[str, Experiment] | None = None,
                  committed: Path | None = None, # results to compare with, if there are any
+                 given: Sequence[str] = (), # values in place of the profile's, NAME=VALUE
                 ):
         self.profile, self.jobs, self.out, self.workers, self.echo = profile, list(jobs), Path(out), workers, echo
-        self.description, self.experiments, self.committed = description, experiments, committed
+        self.description, self.experiments, self.committed, self.given = description, experiments, committed, list(given)
         self.outcomes: dict[str, Outcome] = {}
         self.facts: dict = {} # about the machine and the code, for the page
         self.stop, self.began = threading.Event(), time.monotonic()
@@ -287,7 +288,7 @@ def run(self: Batch, fresh: bool = False, # begin with `forget`
         todo = [j.experiment for j in self.jobs if not self.is_done(j)]
         self.starter = Starter(lock.fileno(), todo, self.threads, self.echo)
         self._run_all()
-    return self._close()
+    return self._close(fresh)
 
 # %% ../../nbs/batch/08_runner.ipynb #427dba96
 @patch
@@ -311,7 +312,8 @@ def _csv_files(self: Batch) -> list[str]:
 
 # %% ../../nbs/batch/08_runner.ipynb #3e0decb4
 @patch
-def _close(self: Batch) -> int:
+def _close(self: Batch, fresh: bool = False, # whether this call forgot what was done
+          ) -> int:
     "The closing lines, and the exit status."
     count = lambda *names: sum(o.status in names for o in self.outcomes.values())
     took = human_time(time.monotonic() - self.began)
@@ -320,7 +322,7 @@ def _close(self: Batch) -> int:
     for o in self.failed:
         self.echo(f"\n{o.job.name}: {o.status}: {o.error}\n  log: {self.out / 'logs' / o.job.name}.log")
         if o.traceback: self.echo("\n".join("    " + line for line in first_lines(o.traceback)))
-    if self.failed: self.echo("\nThe same command goes on where this one stopped.")
+    if self.failed: self.echo("\nThe same command goes on where this one stopped" + (", without --fresh." if fresh else "."))
     if compared := self.differences(): self.echo(f"\n{compared}")
     self.echo(f"Summary: {self.out / 'index.html'}")
     return 130 if self.stop.is_set() else 1 if self.failed else 0
