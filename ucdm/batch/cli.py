@@ -68,12 +68,12 @@ RECORD = Path("results", "batch.json") # in a batch's folder
 def check_profile(out: Path, # folder of a batch
                   profile: str, needed: bool = False, # whether there have to be results
                  ) -> None:
-    "ValueError for a folder with the results of another profile, FileNotFoundError if there are none and have to be."
-    file = out / RECORD
-    if not file.is_file():
-        if needed: raise FileNotFoundError(f"{out} holds no results: run the profile first.")
+    "ValueError for a folder with the results of another profile, FileNotFoundError without a record where one has to be."
+    try: found = json.loads((out / RECORD).read_bytes()).get("profile", profile)
+    except FileNotFoundError:
+        if needed: raise FileNotFoundError(f"{out} has no record of a batch ({RECORD}): run a profile first.") from None
         return
-    found = json.loads(file.read_bytes()).get("profile", profile)
+    except ValueError: return # damaged: it is written anew
     if found != profile: raise ValueError(
         f"{out} holds results of the profile {found!r}, not {profile!r}: add --profile {found}, or take another folder with --out.")
 

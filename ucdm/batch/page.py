@@ -150,7 +150,7 @@ def _entry(batch, job, outcome: Outcome, before: dict) -> dict:
         title=job.experiment.title,
         claim=job.experiment.claim,
         parameters={p.name: job.parameters.get(p.name, p.default) for p in job.experiment.parameters.values()},
-        given=[v for v in batch.given if v.partition("=")[0].strip() in job.experiment.parameters],
+        given=[v for v in batch.given if (name := v.partition("=")[0].strip()) != "finished_only" and name in job.experiment.parameters],
     )
     executed = batch.notebook(job)
     ran = outcome.status in ("done", "kept", "failed", "timed out") and executed.exists()
@@ -203,8 +203,8 @@ def _age(entry: dict, result: dict) -> list[str]: # sentences
     "What a reader has to know of an older result."
     from ucdm.report.claims import aged
     said = aged(result.get("checks", []), result.get("stale", 0), len(result.get("runs", [])))
-    if given := entry.get("given"): said.insert(0, f"Run with {', '.join(given)} in place of what the profile says.")
-    if entry["status"] == "done": return said
+    given = [f"Run with {', '.join(entry['given'])} in place of what the profile says."] if entry.get("given") else []
+    if entry["status"] == "done": return [*given, *said]
     if entry["status"] == "waiting": return ["There is no record of when this result was made, and with which parameters.", *said]
     since = "was not begun" if entry.get("error") == "not started" else "was begun anew since, and did not end"
     return [f"This is the result of an earlier time; the notebook {since}.", *said]

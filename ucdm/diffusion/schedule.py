@@ -98,7 +98,7 @@ def reference_grids(schedule: Schedule, steps: int, clean: float | None = None,
     t = inference_timesteps(schedule, steps)
     up = (*t, min(len(schedule) - 2, t[-1] + len(schedule) // steps))
     if up[-1] <= up[-2]:
-        raise ValueError(f"the released code's grid has no train step above {up[-2]} left; take 'matched', or fewer steps.")
+        raise ValueError(f"the released code's grid has no train step above {up[-2]} left; take the 'matched' one.")
     return Grid(up, tuple(schedule.alpha_bar[list(up)].tolist())), matched_grid(schedule, steps, clean)
 
 # %% ../../nbs/diffusion/01_schedule.ipynb #f5c168c1

@@ -381,7 +381,7 @@ def train(
     """
     out = Path(out); out.mkdir(parents=True, exist_ok=True)
     device = default_device()
-    images = images or training_images(root)
+    images = training_images(root) if images is None else images
     check_training_images(images, config)
     _same_images(out / "images.sha256", images)
     tokenizer = kept_tokenizer(out / "tokenizer", images.classes, config)

@@ -6,6 +6,7 @@
 __all__ = ['Writer', 'load_writer', 'continuations', 'first_sentence', 'is_usable', 'fits_into', 'written_prompts']
 
 # %% ../../nbs/diffusion/11_written_prompts.ipynb #f317e1a4
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -63,8 +64,9 @@ def continuations(writer: Writer, start: str, # of a caption
 def first_sentence(text: str, start: str = "", # its beginning, in which no sentence ends: "St. Bernard"
                   ) -> str:
     "Up to the first end of a line or of a sentence."
-    line = text.removeprefix(start).partition("\n")[0]
-    return (start + line.partition(". ")[0]).strip(" .\"'")
+    rest = text.removeprefix(start)
+    line = (" " + rest.lstrip() if rest.startswith("\n") else rest).partition("\n")[0]
+    return (start + line.partition(". ")[0]).rstrip(" .\"'")
 
 # %% ../../nbs/diffusion/11_written_prompts.ipynb #7f8d325a
 def is_usable(prompt: str, start: str, # its beginning
@@ -73,8 +75,8 @@ def is_usable(prompt: str, start: str, # its beginning
              ) -> bool:
     "Whether a written prompt will do."
     rest = prompt[len(start):]
-    goes_on = rest and not rest[0].isalnum() # "a cat" and "fish" are a catfish
-    return bool(goes_on) and not any(contains_word(rest, c) for c in others) and fits(prompt)
+    other_word = re.match("[A-Za-z]{2}", start[-1:] + rest[:1]) # "a cat" and "fish" are a catfish
+    return bool(rest) and not other_word and not any(contains_word(rest, c) for c in others) and fits(prompt)
 
 # %% ../../nbs/diffusion/11_written_prompts.ipynb #bf22200b
 def fits_into(prior) -> Callable[[str], bool]: # a generator

@@ -200,11 +200,12 @@ def fill_stores(
 # %% ../../nbs/method/09_generate.ipynb #05bd840b
 def check_generator(prior: Prior, names: Sequence[str], # of classes
                     config: PairConfig) -> None:
-    "ValueError for steps or prompts that will not do with a generator; a warning for names it has no words for."
+    "ValueError for steps, an inversion or prompts that will not do with a generator; a warning for names it has no words for."
     if config.positive_sampler == "ddim": grid_pair(prior.schedule, config.steps_of("positive"), config.grid)
     else: solver(prior.pipe.scheduler.config, config.positive_sampler, config.steps_of("positive"))
     grid_pair(prior.schedule, config.steps, config.grid)
-    if config.inversion == "implicit" and prior.dtype != torch.float32: raise ValueError(
+    inverts = config.inversion == "implicit" and config.negative_from == "seed"
+    if inverts and prior.dtype in (torch.bfloat16, torch.float16): raise ValueError(
         f"inversion='implicit' needs the generator in float32: in {str(prior.dtype)[6:]} the predicted noise is too coarse for "
         "its iteration to settle. Load it with dtype=torch.float32, or take 'eq6'.")
     if config.deep_every > 1: check_keeps_features(prior.pipe.unet)

@@ -150,7 +150,8 @@ def append(self: PairStore, ids: Sequence[int], images: Tensor, # uint8 [n, K, 3
     ValueError for a seed image that is there already, or without an id, RuntimeError if another process is writing.
     """
     ids = [int(i) for i in ids]
-    if len(ids) != len(images) or not ids: raise ValueError(f"{len(ids)} ids for images of {len(images)} seeds; give as many.")
+    if not 0 < len(images) == len(set(ids)) == len(ids):
+        raise ValueError(f"{len(ids)} ids for the images of {len(images)} seeds: give each its own.")
     with self._hold():
         shard, _ = self.contents.refresh(own=True).place.find(ids)
         if double := [i for i, n in zip(ids, shard) if n >= 0]:

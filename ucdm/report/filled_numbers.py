@@ -44,7 +44,7 @@ def _of_runs(asked: re.Match, # of `_RUNS`
     return mean_text([h[metric] for h in held])
 
 # %% ../../nbs/report/14_filled_numbers.ipynb #a4000019
-_PLURAL = dict(holds="hold", hint="hints")
+_PLURAL = {"holds": "hold", "hint": "hints", "does not hold": "do not hold"}
 
 def _outcome(claims: list[str], # how each begins
              checks: list[dict], # as stored
@@ -83,7 +83,7 @@ def number_of(source: str, # profile/notebook/number, perhaps with " | " and a f
     raise ValueError(f"{source}: no such number; there are {', '.join(result['numbers'])}, ROW; COLUMN, or PROTOCOL METRIC of RUNS.")
 
 # %% ../../nbs/report/14_filled_numbers.ipynb #a4000011
-_VERDICT = "holds?|hints?|partly|not shown|does not hold|not tested|not run"
+_VERDICT = "holds?|hints?|partly|not shown|do(?:es)? not hold|not tested|not run"
 _FILLED = re.compile(rf"([-–−]?\d[\d.,]*(?: ± [\d.,]+)?|[–?]|{_VERDICT}|(?<=[\s(|]))(?=<!--= (.+?) -->)") # or nothing yet
 _SOURCE = re.compile(r"<!--= .+? -->")
 
