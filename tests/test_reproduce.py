@@ -404,6 +404,26 @@ def test_plan_finds_no_fault(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_plan_with_a_fault(tmp_path):
+    "A plan in which a notebook would fail says so, and ends with 1: nothing that comes after it should start."
+    asked = ["--only", "table_02", "--set", "methods=[ucmd]", "--plan", "--rate", "1000", "--training-rate", "1000"]
+    command = [sys.executable, "-m", "ucdm.batch.cli", *asked, "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "unknown method 'ucmd': did you mean 'ucdm'?" in done.stdout, done.stderr
+
+
+def test_another_profiles_folder(tmp_path):
+    "Results of one profile are not shown, published or gone on with as another's."
+    out = tmp_path / "out"
+    (out / "results").mkdir(parents=True)
+    (out / "results" / "batch.json").write_text('{"profile": "smoke"}', encoding="utf-8")
+    for asked in (["--page"], ["--publish"], ["--only", "figure_05"]):
+        command = [sys.executable, "-m", "ucdm.batch.cli", "--profile", "quick", *asked, "--out", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2 and "results of the profile 'smoke', not 'quick'" in done.stderr, done.stderr
+    assert [f.name for f in out.rglob("*") if f.is_file() and "lock" not in f.name] == ["batch.json"]
+
+
 def test_committed_results():
     """What is committed (or staged) fits together: the results of profile quick were made with the profile's parameters,
     and the page of results links only to files of the repository.
