@@ -315,19 +315,17 @@ def main(
             raise ValueError(f"what is {more[0]!r}? To run single notebooks write `--only {more[0]}`.")
         if engine not in ENGINES: raise ValueError(nearest(engine, ENGINES, "engine"))
         batch = _prepare(profile, [*(only or []), *(more or [])], values or [], jobs, out, notebooks, listing)
+        if not (planning or listing): check_profile(batch.out, profile, needed=page)
         if planning: status = show_plan(profile, batch.jobs, batch.out / "cache", rate, training_rate)
         elif listing: show_list(batch)
         elif page:
-            check_profile(batch.out, profile, needed=True)
             with batch.locked(): print(f"Summary: {batch.write_page()}")
         elif publishing:
-            check_profile(batch.out, profile)
             with batch.locked(): written, removed = publish(batch.out, batch.committed, set(batch.experiments))
             _prepare(profile, [], [], jobs, batch.committed, notebooks, False).write_page() # it links to what is there
             print(f"{batch.committed}: {written} files written, {removed} removed")
         else:
             check_one_writer(jobs)
-            check_profile(batch.out, profile)
             use_engine(engine, batch.out / "cache", address, task_cpus, task_gpus)
             print(_start_line(batch, bool(only)), flush=True)
             status = batch.run(fresh=not resume, everything=not only)
