@@ -85,7 +85,7 @@ def number_of(source: str, # profile/notebook/number, perhaps with " | " and a f
 # %% ../../nbs/report/14_filled_numbers.ipynb #a4000011
 _VERDICT = "holds?|hints?|partly|not shown|do(?:es)? not hold|not tested|not run"
 _FILLED = re.compile(rf"([-–−]?\d[\d.,]*(?: ± [\d.,]+)?|[–?]|{_VERDICT}|(?<=[\s(|]))(?=<!--= (.+?) -->)") # or nothing yet
-_SOURCE = re.compile(r"<!--= .+? -->")
+_SOURCE = re.compile(r"(^```.*?^```)|<!--= [^\n]+? -->", re.M | re.S) # in a block of code it is an example
 
 def filled(text: str, # Markdown with sources
            committed: Path) -> str:
@@ -94,7 +94,7 @@ def filled(text: str, # Markdown with sources
 
 def without_sources(text: str) -> str:
     "What a reader sees."
-    return _SOURCE.sub("", text)
+    return _SOURCE.sub(lambda m: m[1] or "", text)
 
 # %% ../../nbs/report/14_filled_numbers.ipynb #a4000014
 def fill_notebook(file: Path, committed: Path, check: bool = False, # change nothing
