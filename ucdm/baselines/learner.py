@@ -26,9 +26,11 @@ from ..method.train_config import PRECISIONS
 from ..method.two_head_wideresnet import normalise, WideResNet
 
 # %% ../../nbs/baselines/05_learner.ipynb #04cd67dd
-def check_unlabelled_set(unlabelled_set: ImageSet):
-    "ValueError unless every class of an unlabelled set has a labelled image and its images are RGB bytes."
+def check_unlabelled_set(unlabelled_set: ImageSet,
+                         every_class: bool = True): # whether each class needs a labelled image
+    "ValueError unless the images of an unlabelled set are RGB bytes, and some of every class are labelled."
     check_images(unlabelled_set.images, "the unlabelled set's images")
+    if not every_class: return
     if bare := [name for k, name in enumerate(unlabelled_set.classes) if not (unlabelled_set.labels == k).any()]:
         raise ValueError(
             f"no image of {', '.join(bare)} is labelled: a semi-supervised method needs at least one of each "
@@ -77,13 +79,14 @@ class Learner:
     Config = SSLConfig # its settings
     open_set = False # whether `answer` gives K + 1 probabilities
     least_known = 1 # known classes that it needs
+    every_class = True # whether it needs a labelled image of each
 
     def __init__(self,
                  unlabelled_set: ImageSet, # all images; labels 0..K-1 where they are given, else -1
                  config: SSLConfig|None=None, # settings; default: those of the method
                  device=None, # default: CUDA, MPS or CPU, whichever is there
                 ):
-        check_unlabelled_set(unlabelled_set)
+        check_unlabelled_set(unlabelled_set, self.every_class)
         self.unlabelled_set, self.classes = unlabelled_set, tuple(unlabelled_set.classes)
         self.config, self.device = config or self.Config(), torch.device(default_device(device))
         self.images, self.labels = unlabelled_set.images.to(self.device), unlabelled_set.labels
@@ -226,8 +229,11 @@ def answers(learner: Learner,
     "What the final network answers for images, without augmentation and without a gradient."
     check_images(images)
     outs, function = [], function or learner.answer
+    parts = images.split(batch_size if batch_norm == "running" else TEST_BATCH)
+    if batch_norm == "batch" and len(parts) > 1 and len(parts[-1]) == 1: # which has no statistics of its own
+        parts = *parts[:-2], torch.cat(parts[-2:])
     with torch.no_grad(), batch_norm_mode(learner.final, batch_norm):
-        for x in images.split(batch_size if batch_norm == "running" else TEST_BATCH):
+        for x in parts:
             found = function(learner.final, normalise(x.to(learner.device)))
             outs.append([None if t is None else t.float().cpu() for t in found])
     return tuple(None if ts[0] is None else torch.cat(ts) for ts in zip(*outs))

@@ -118,6 +118,10 @@ class T2TConfig(SSLConfig):
     threshold: Fraction = 0.8 # confidence from which an image counts in L_cc
     temperature: Annotated[float, Interval(ge=1e-3, le=1)] = 0.4 # that sharpens its target
 
+    def __post_init__(self):
+        if not self.lr: raise ValueError("T2TConfig.lr must be above 0: the second stage's rate is counted from it")
+        if self.schedule != "cosine": raise ValueError(f"T2TConfig.schedule is 'cosine' in each of its stages, got {self.schedule!r}")
+
 # %% ../../nbs/baselines/17_t2t.ipynb #6ca71d2c
 @register("t2t")
 class T2T(Learner):

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Fraction', 'Rate', 'SD_SCHEDULE', 'MiniPriorConfig', 'training_images', 'widen', 'check_training_images',
-           'small_autoencoder', 'build_pipeline', 'kept_tokenizer', 'CaptionSampler', 'caption_sampler']
+           'random_time_steps', 'small_autoencoder', 'build_pipeline', 'kept_tokenizer', 'CaptionSampler',
+           'caption_sampler']
 
 # %% ../../nbs/diffusion/06_prior_pipeline.ipynb #04d11a38
 from dataclasses import dataclass
@@ -112,6 +113,14 @@ def check_training_images(images: ImageSet, config: MiniPriorConfig) -> None:
 # %% ../../nbs/diffusion/06_prior_pipeline.ipynb #f5ce7af9
 SD_SCHEDULE = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                    clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type="epsilon")
+
+# %% ../../nbs/diffusion/06_prior_pipeline.ipynb #d4060002
+def random_time_steps(n: int, # of a batch
+                      generator: torch.Generator, # on the CPU
+                     ) -> Tensor: # int64 [n], rising
+    "A random time step from each of `n` equal parts of the schedule."
+    total = SD_SCHEDULE["num_train_timesteps"]
+    return ((torch.arange(n) + torch.rand(n, generator=generator)) * (total / n)).long().clamp(max=total - 1)
 
 # %% ../../nbs/diffusion/06_prior_pipeline.ipynb #ec9a713c
 def small_autoencoder(channels: tuple[int, ...], # multiples of 8; each but the last level halves the image

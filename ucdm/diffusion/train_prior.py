@@ -27,7 +27,8 @@ from ..core.randomness import step_generator
 from ..data.images import ImageSet, to_float
 from .captions import brightness_adjective
 from ucdm.diffusion.prior_pipeline import (
-    build_pipeline, caption_sampler, CaptionSampler, check_training_images, kept_tokenizer, MiniPriorConfig, training_images
+    build_pipeline, caption_sampler, CaptionSampler, check_training_images, kept_tokenizer, MiniPriorConfig, random_time_steps,
+    training_images
 )
 
 # %% ../../nbs/diffusion/07_train_prior.ipynb #55e17773
@@ -279,7 +280,7 @@ def train_unet(
         n, image = len(index), index % n_images
         z, at = _normal((2, n, *mean.shape[1:]), g, device), index.to(mean.device)
         x0 = (mean[at].to(device).float() + std[at].to(device).float() * z[0]).to(memory_format=torch.channels_last)
-        t = ((torch.arange(n) + torch.rand(n, generator=g)) * (1000 / n)).long().to(device)
+        t = random_time_steps(n, g).to(device)
         with mixed_precision(device):
             hidden = state.text(sampler(labels[image], adjective[image], g).to(device)).last_hidden_state
             return (weight[t] * errors_of(x0, z[1].to(memory_format=torch.channels_last), t, hidden)).mean()

@@ -6,7 +6,7 @@
 __all__ = ['held_out_rows', 'held_out_metrics', 'held_out_protocol']
 
 # %% ../../nbs/evaluation/06_held_out.ipynb #a2000004
-import statistics
+import math, statistics
 from collections.abc import Callable
 
 import numpy as np
@@ -45,7 +45,7 @@ def held_out_metrics(predict: Callable, # as a fitted method's
     is_known = labels < len(known)
     found = {g: accuracy(open_probs[at], labels[at]) for g, at in (("known", is_known), ("unknown", ~is_known))}
     both = tuple(found.values())
-    balance = statistics.mean(both) - statistics.stdev(both)
+    balance = math.nan if any(map(math.isnan, both)) else statistics.mean(both) - statistics.stdev(both)
     return dict(closed=accuracy(closed[is_known], labels[is_known]), **found, balance=balance,
                 auroc=auroc_known_vs_other(open_probs, labels))
 

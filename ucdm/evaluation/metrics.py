@@ -108,7 +108,7 @@ def ece(open_probs: Tensor, # probabilities over K + 1 answers [N, K + 1]
         labels: Tensor, # right answers, K is "other" [N]
         n_bins: int=15, # bins of equal width between 0 and 1
        ) -> float: # percent
-    "Expected calibration error of the K + 1-way prediction (l1, bins of equal width)."
+    "Expected calibration error of the K + 1-way prediction (l1, bins of equal width; torchmetrics counts confidence 1 apart)."
     from torchmetrics.functional.classification import multiclass_calibration_error
     n, probs = open_probs.shape[1], open_probs.clamp(0, 1) # beyond that torchmetrics takes them for logits
     return multiclass_calibration_error(probs, labels, num_classes=n, n_bins=n_bins, norm="l1").item() * 100

@@ -71,7 +71,7 @@ def best_cut(s: Tensor, w: Tensor, stand_ins: Tensor, # as `accuracies_at`
 def kept_out_metrics(tau: float, s: Tensor, w: Tensor, stand_ins: Tensor, # as `accuracies_at`
                     ) -> dict[str, float]: # known, unknown, new, balance, in percent
     "What is right at a cut of what was kept out; \"new\" are the stand-ins."
-    right = (100 * accuracies_at(torch.tensor([tau]), s, w, stand_ins)[:, 0]).tolist()
+    right = (100 * accuracies_at(torch.tensor([tau], dtype=s.dtype), s, w, stand_ins)[:, 0]).tolist()
     return dict(zip(("known", "unknown", "new"), right)) | dict(balance=balance_score(*right))
 
 # %% ../../nbs/likelihood/04_cut.ipynb #53898c07

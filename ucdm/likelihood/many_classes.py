@@ -8,22 +8,18 @@ __all__ = ['known_score', 'sharpness', 'two_step_labels', 'open_targets', 'TwoSt
 
 # %% ../../nbs/likelihood/07_many_classes.ipynb #d7a10005
 import math
-from dataclasses import replace
 from typing import Annotated
 
 import torch
 from annotated_types import Interval
-from fastcore.basics import patch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from ..baselines.semi_supervised import fit
 from ..core.checked import settings
 from ..data.images import ImageSet
-from .cut import kept_out
-from .errors import gains_by_level, image_errors
+from .errors import gains_by_level
 from ucdm.likelihood.likelihood_labels import (
-    check_kept_out, cut_of, labelled_negatives, LikelihoodLabels, LikelihoodLabelsConfig, photographs_of, soft_closed_loss, soft_open_loss
+    errors_of, fit_on_labels, labelled_negatives, LikelihoodLabels, LikelihoodLabelsConfig, photographs_of
 )
 from .two_components import fit_two_components, upper_probability
 from ..runs.pools import run_prior
@@ -83,15 +79,9 @@ class TwoStepLabelsConfig(LikelihoodLabelsConfig):
 class TwoStepLabels(LikelihoodLabels):
     "A network that learns two-step labels of unlabelled images, and that negatives are none of the classes."
     name, Config = "likelihood_labels_two_steps", TwoStepLabelsConfig
+    every_class = False # what is the likeliest of no image is learnt from the probabilities
 
-@patch
-def loss(self: TwoStepLabels, batch):
-    parts = list(batch.values())
-    h, = self.features(torch.cat([p.views[0] for p in parts]))
-    r = self.targets[torch.cat([p.index for p in parts])].to(h.device)
-    closed, open_logits = self.model.closed_head(h), self.model.open_head(h).unflatten(1, (2, self.n_known))
-    terms = dict(closed=soft_closed_loss(closed, r), open=soft_open_loss(open_logits, open_targets(r)))
-    return {"loss": terms["closed"] + terms["open"]} | terms
+    def open_labels(self, r): return open_targets(r)
 
 # %% ../../nbs/likelihood/07_many_classes.ipynb #d7a10030
 def named_in_two_steps(task: Task, r: Tensor, # soft labels of its unlabelled images [N, K]
@@ -108,17 +98,7 @@ def named_in_two_steps(task: Task, r: Tensor, # soft labels of its unlabelled im
 @register_method("likelihood_labels_two_steps", config=TwoStepLabelsConfig, uses_prior=True)
 def fit_two_step_labels(task: Task): # TwoStepLabels
     "Likelihood labels where classes are many and kin."
-    c, prior = task.config, run_prior(task.spec)
-    if c.negatives == "photographs": photographs_of(task)
-    prompts = [*map(c.template.format, task.classes), ""]
-    r = two_step_labels(image_errors(prior, task.seeds.images, prompts, c.draws, cache=task.cache, progress=task.bars))
-    named, (negatives, _, stand_ins) = named_in_two_steps(task, r), labelled_negatives(task, prior)
-    out = kept_out(len(named), c.kept_out, c.seed)
-    nameless = ImageSet(named.images, torch.full_like(named.labels, -1), ()) # a class may lose its images here
-    if c.kept_out: check_kept_out(nameless, out, r, stand_ins)
-    def learner(_, config): return TwoStepLabels(named[~out], config, r[~out], negatives)
-    fitted = fit(learner, replace(task, labelled=lambda per_class: named))
-    if c.kept_out:
-        fitted.notes["cut"], judged = cut_of(fitted, named.images[out], r[out], stand_ins)
-        fitted.own_protocols = dict(kept_out=judged)
-    return fitted
+    prior = run_prior(task.spec)
+    if task.config.negatives == "photographs": photographs_of(task)
+    r = two_step_labels(errors_of(task, prior, task.seeds.images))
+    return fit_on_labels(TwoStepLabels, task, named_in_two_steps(task, r), r, labelled_negatives(task, prior))

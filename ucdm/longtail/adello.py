@@ -40,6 +40,11 @@ class ADELLOConfig(ShiftedConfig):
     warm_up: Fraction = 0.19 # part of the training without it
     temperature: Literal["kl", "one"] = "kl" # exp KL(u || Q) at the end of the warm-up; "one": as its code is shipped
 
+    def __post_init__(self):
+        if self.temperature == "kl" and self.soft != "none" and self.warm_up == 0:
+            raise ValueError("ADELLOConfig.warm_up must be above 0 for temperature 'kl', which is taken from the estimate at its "
+                             "end; set warm_up, or temperature to 'one'.")
+
 # %% ../../nbs/longtail/08_adello.ipynb #8a6ed28f
 @register("adello")
 class ADELLO(ShiftedFixMatch):

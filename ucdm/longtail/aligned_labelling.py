@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ESTIMATES', 'with_other', 'em_of_heads', 'bbse_of_heads', 'estimates', 'labels_by_quota', 'AlignedLabellingConfig',
-           'without_held', 'answers', 'relabel', 'fit_aligned']
+           'without_held', 'answers', 'relabel', 'last_estimate', 'fit_aligned']
 
 # %% ../../nbs/longtail/13_aligned_labelling.ipynb #e555b7b9
 import time
@@ -101,6 +101,11 @@ class AlignedLabellingConfig(TrainConfig):
             raise ValueError(f"AlignedLabellingConfig.distribution must sum to 1, got {self.distribution}.")
         if self.align != "none" and self.distribution is None and self.estimate == "bbse" and not self.held_out:
             raise ValueError("AlignedLabellingConfig.estimate 'bbse' needs pairs that were held out; set held_out to 0.1.")
+        usual = dict(use_known=True, use_other=True, strict_threshold=False, cap_other=False)
+        changed = [name for name, value in usual.items() if getattr(self, name) != value]
+        if self.align != "none" and changed:
+            raise ValueError(f"AlignedLabellingConfig.{changed[0]} belongs to labels as UCDM gives them; leave it out, or set align "
+                             f"to 'none' in place of {self.align!r}.")
 
 # %% ../../nbs/longtail/13_aligned_labelling.ipynb #1e5f0a06
 def without_held(pairs: PairSet, fraction: float, # of the seed images
@@ -119,9 +124,11 @@ def without_held(pairs: PairSet, fraction: float, # of the seed images
 # %% ../../nbs/longtail/13_aligned_labelling.ipynb #1e5f0a08
 def answers(ucdm: UCDM, pairs: PairSet, # M of them
            ) -> Tensor: # p(j | x) of head j for positives and negatives of class j, float64 [M, 2, K]
-    "What the heads say of pairs."
-    of = lambda images: torch.stack([ucdm.heads(images[:, k])[1][:, 0, k] for k in range(images.shape[1])], 1)
-    return torch.stack([of(pairs.positives), of(pairs.negatives)], 1)
+    "What the heads say of pairs, by the statistics of a labelling."
+    def of(k): # positives and negatives in turn, so that a batch has both
+        images = torch.stack([pairs.positives[:, k], pairs.negatives[:, k]], 1).flatten(0, 1)
+        return ucdm.heads(images, ucdm.config.label_batch_norm)[1][:, 0, k].unflatten(0, (-1, 2))
+    return torch.stack([of(k) for k in range(len(pairs.classes))], -1)
 
 # %% ../../nbs/longtail/13_aligned_labelling.ipynb #a5596706
 @torch.no_grad()
@@ -148,17 +155,23 @@ def relabel(ucdm: UCDM, # its pseudo-labels of this round are changed in place
     entry |= dict(index=items[labels >= 0].tolist(), label=labels[labels >= 0].tolist())
     return told
 
+# %% ../../nbs/longtail/13_aligned_labelling.ipynb #1e5f0a0a
+def last_estimate(history: list[dict], # of a training
+                 ) -> dict: # "estimate"; nothing before the first round has ended
+    "What the estimates said at the end of the last round."
+    return next(({"estimate": entry["estimate"]} for entry in reversed(history) if entry["kind"] == "round"), {})
+
 # %% ../../nbs/longtail/13_aligned_labelling.ipynb #0969183d
 @register_method("ucdm_aligned", config=AlignedLabellingConfig, uses_pairs=True)
 def fit_aligned(task) -> UCDM: # ucdm.runs.registry.Task
     "UCDM with aligned labels; an epoch of its history has the estimates of the round before."
-    began, last, told, c = time.monotonic(), [0.0], {}, task.config
+    began, last, c = time.monotonic(), [0.0], task.config
     pairs, images = task.pairs(), task.seeds.images
     if c.real: pairs = real_pairs(pairs, images, task.labelled(None).labels, seed=c.seed)
     pairs, held = without_held(pairs, c.held_out, c.seed)
     def callback(entry, ucdm):
-        if entry["kind"] == "round": told["estimate"] = relabel(ucdm, entry, images, held)
-        elif entry["kind"] == "epoch" and told: entry |= told
+        if entry["kind"] == "round": entry["estimate"] = relabel(ucdm, entry, images, held)
+        elif entry["kind"] == "epoch": entry |= last_estimate(ucdm.history)
         if task.bars or entry["kind"] not in ("epoch", "round") or time.monotonic() - last[0] < 20: return
         last[0] = time.monotonic()
         task.report(_line(entry, ucdm, c, time.monotonic() - began))

@@ -32,6 +32,10 @@ class AlignedConfig(ShiftedConfig):
     logit_adjusted: bool = False # log pi is added to the logits in the labelled loss
     progressive: bool = field(default=False, metadata=dict(before=False)) # or log pi / pi_alpha, as UDAL does
 
+    def __post_init__(self):
+        if self.logit_adjusted and self.progressive:
+            raise ValueError("AlignedConfig.logit_adjusted and progressive are two shifts of one loss; choose one of them.")
+
 # %% ../../nbs/longtail/05_alignment.ipynb #fae4672c
 @register("fixmatch_da")
 class AlignedFixMatch(ShiftedFixMatch):

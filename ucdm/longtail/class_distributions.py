@@ -103,7 +103,7 @@ def scaled_to(probs: Tensor, # [N, K]
               iterations: int = 200,
              ) -> Tensor: # float64 [N, K]
     "Predictions times a weight a class, normalised, with the mean `target`."
-    p, v = probs.double(), torch.ones(probs.shape[1], dtype=torch.double)
+    p, v = probs.double().clamp_min(1e-30), torch.ones(probs.shape[1], dtype=torch.double)
     for _ in range(iterations): v = v * target.double() / ((p * v) / (p * v).sum(1, keepdim=True)).mean(0).clamp_min(1e-12)
     return (p * v) / (p * v).sum(1, keepdim=True)
 

@@ -17,7 +17,7 @@ from ..core.checked import settings
 from ..core.device import default_device
 from ..core.randomness import generator, item_noise, step_generator
 from ..core.tensor_files import tensors_hash
-from ..diffusion.prior_pipeline import SD_SCHEDULE
+from ..diffusion.prior_pipeline import random_time_steps, SD_SCHEDULE
 from ..diffusion.schedule import guided
 from .generator import Block, check_conditions, NULL, Standardised
 from .matching import Batches, measure
@@ -62,8 +62,7 @@ def noise_error(net: Denoiser, levels: DDIMScheduler, x: Tensor, z: Tensor, # co
                 rng: torch.Generator, # on the CPU
                ) -> Tensor: # 0-dimensional
     "Mean squared error of the noise predicted at random time steps."
-    n = len(z)
-    t = ((torch.arange(n) + torch.rand(n, generator=rng)) * (len(levels.alphas_cumprod) / n)).long().to(z.device)
+    t = random_time_steps(len(z), rng).to(z.device)
     noise = torch.randn(z.shape, generator=rng).to(z)
     return F.mse_loss(net(x, levels.add_noise(z, noise, t), t), noise)
 

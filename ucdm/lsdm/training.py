@@ -38,7 +38,7 @@ class StageTwoConfig:
     seconds: Positive | None = None  # of CPU time, in place of steps: as many as fit, by the first 30
     batch: Count = 128               # pairs an update
     lr: Positive = 1e-3              # of Adam; falls to 0 over the second half
-    null_fraction: Fraction = 0.15   # of labels that are replaced by the null condition
+    null_fraction: Fraction = 0.15   # of labels that are replaced by the null condition; losses within labels have it as one more
     ema_decay: Fraction = 0.998      # of the averaged weights; less in the beginning
     check_every: Count = 500         # steps between two looks at losses and spread
     collapse_below: Fraction = 0.5   # fraction of the data's spread below which a training has failed; 0: never
@@ -71,6 +71,7 @@ def check_pairs(z: Tensor, # latents, should be floats [N, d]
     n_labels = int(x.max()) + 1 if n_labels is None else n_labels
     if lacking := sorted({*range(n_labels)} ^ {*x.unique().tolist()}):
         raise ValueError(f"label {lacking[0]} of {n_labels} has no pair, or is none of them; every label needs a pair.")
+    if len(x) == n_labels: raise ValueError(f"none of the {n_labels} labels has two pairs, so their latents have no spread; give more.")
     return n_labels
 
 # %% ../../nbs/lsdm/06_training.ipynb #93941b1a

@@ -70,7 +70,7 @@ def _check_run(path, meta, config, fingerprint) -> dict[str, list]: # setting ->
         raise ValueError(f"{path} holds a classifier but no checkpoint of a run: give another file name")
     if meta["data"] != fingerprint: raise ValueError(f"{path} is the checkpoint of a run on other images: {anew}")
     later = {f.name: f.metadata["before"] for f in fields(config) if "before" in f.metadata} # than the file, maybe
-    old, new = later | meta["config"], asdict(config)
+    old, new = later | meta["config"], json.loads(json.dumps(asdict(config))) # in a file a tuple is a list
     changed = {k: [old.get(k), v] for k, v in new.items() if old.get(k) != v}
     if other := [f"{k} was {o!r}, is {n!r}" for k, (o, n) in changed.items() if k not in MAY_CHANGE]:
         raise ValueError(f"{path} is the checkpoint of a run with other settings ({'; '.join(other)}): {anew}")
@@ -89,7 +89,7 @@ def load_checkpoint(path: str|Path, # file to read
     """
     tensors, meta = read_tensors(path)
     changed = _check_run(path, meta, config, fingerprint)
-    u = _from_parts(tensors, meta | {"config": asdict(config)}, device)
+    u = _from_parts(tensors, meta, config, device)
     if changed: u.history.append({"kind": "changed", "round": meta["round"], "epoch": meta["epoch"], **changed})
     state = new_state(u)
     state.step, state.round, state.epoch = (meta[k] for k in ("step", "round", "epoch"))

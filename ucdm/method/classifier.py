@@ -6,7 +6,7 @@
 __all__ = ['UCDM', 'check_images']
 
 # %% ../../nbs/method/16_classifier.ipynb #05e97ee2
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -104,9 +104,9 @@ def _parts(self: UCDM) -> tuple[dict, dict]: # tensors, metadata
     return tensors, {"format": "ucdm 1", **settings}
 
 # %% ../../nbs/method/16_classifier.ipynb #233c78c2
-def _from_parts(tensors, meta, device=None) -> UCDM:
+def _from_parts(tensors, meta, config, device=None) -> UCDM:
     "The classifier of a file."
-    u = UCDM(meta["classes"], TrainConfig(**meta["config"]), device=device)
+    u = UCDM(meta["classes"], config, device=device)
     u.model.load_state_dict({k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")})
     u.pseudo_labels, u.pseudo_rounds = tensors["pseudo_labels"].clone(), tensors["pseudo_rounds"].clone()
     u.history = meta["history"]
@@ -130,4 +130,6 @@ def load(cls: UCDM,
     tensors, meta = read_tensors(path)
     if meta.get("format") != "ucdm 1":
         raise ValueError(f"{path} holds no ucdm classifier (format {meta.get('format')!r})")
-    return _from_parts(tensors, meta, device)
+    own = {f.name for f in fields(TrainConfig)} # a method that builds on UCDM has more
+    config = TrainConfig(**{name: value for name, value in meta["config"].items() if name in own})
+    return _from_parts(tensors, meta, config, device)

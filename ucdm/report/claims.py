@@ -97,7 +97,7 @@ def compared(claim: str, leads: Sequence[Difference], # which must all be above 
              evidence: str, central: bool = False) -> Check:
     "A part that is decided by comparisons of runs."
     p = math.nan if any(math.isnan(d.p) for d in leads) else max((d.p for d in leads), default=math.nan)
-    lags = [1 - d.p for d in leads if d.n >= LEAST_RUNS]
+    lags = [1 - d.p if d.error else float(d.mean >= 0) for d in leads if d.n >= LEAST_RUNS] # the same runs are no lag
     refuted = min(1.0, len(lags) * min(lags)) if lags else math.nan
     outcomes = (OPEN if d.outcome == FAILS and refuted > LEVEL else d.outcome for d in leads)
     return Check(claim, every(outcomes), evidence, central, p, refuted)

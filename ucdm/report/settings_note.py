@@ -146,7 +146,7 @@ def _note_on_others(of: Mapping[str, Sequence[RunResult]]) -> str: # method -> i
         f"**The compared methods** ({', '.join(map(_label, of))}): {_sizes(pool, 'n')} seed images{labelled}. "
         + (f"In common, where a method has the setting: {common}. " if shared else "")
         + (f"Besides: {'; '.join(parts)}. " if parts else "")
-        + "The rest is as their authors have it."
+        + "The rest are the defaults of each method, whose page says where they differ from its authors' code."
     )
 
 # %% ../../nbs/report/10_settings_note.ipynb #954f23b2

@@ -68,7 +68,7 @@ def _repr_html_(self: Table): return self.styled().to_html()
 # %% ../../nbs/report/04_tables.ipynb #38c40eba
 def best_two(means: pd.Series) -> pd.Series: # "best", "second" or ""
     "What is best and second best among the rows of a column, as printed; nothing where there is only one row."
-    shown = means.round(1)
+    shown = means.map(lambda mean: float(f"{mean:.1f}")) # which rounds as print does, unlike `round`
     levels = sorted(shown.dropna().unique(), reverse=True)
     if shown.count() < 2: return shown.map(lambda _: "")
     best, second = levels[0], levels[min(1, len(levels) - 1)]
