@@ -7,7 +7,7 @@ __all__ = ['CSV_BEGINS', 'LONGEST', 'RECORD', 'LOCK', 'Answers', 'table', 'write
            'check_sort_into', 'sort_into']
 
 # %% ../../nbs/app/11_answer_table.ipynb #39bf991f
-import io, os, shutil
+import io, os, re, shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,7 +154,7 @@ def _outdated(copies: Iterable[_Copy], todo: Iterable[_Copy], ours: dict[str, li
     return {to for to, (photo, *_) in ours.items() if to in fresh or belongs.get(photo, to) != to}
 
 # %% ../../nbs/app/11_answer_table.ipynb #7c10e015
-def _remove(folder: Path, copies: Iterable[str]) -> None:
+def _remove(folder: Path, copies: Iterable[str | Path]) -> None:
     "Remove copies, and the folders that are empty then."
     for file in (folder / to for to in copies):
         file.unlink(missing_ok=True)
@@ -191,6 +191,7 @@ def sort_into(a: Answers, folder: Path | str) -> int: # files copied
 
 def _sort_into(a: Answers, folder: Path) -> int: # as `sort_into`, while nobody else does
     "Copy, remove and note."
+    _remove(folder, [to.relative_to(folder) for to in folder.rglob(".*.partial") if re.fullmatch(r"\.\d+\.partial", to.name)])
     copies, there = _copies(a), _read_record(folder)
     ours = {to: of for to, of in there.items() if _same(_state(folder / to), of[1:])}
     todo = [c for c in copies if not _same(_state(folder / c.to), c.state)]

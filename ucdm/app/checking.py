@@ -20,7 +20,7 @@ from .likelihood_training import check_others, labels_config, likelihood_config,
 from .model import check_device, check_outside, check_place, SHEET
 from .network import network_name, SizedUCDM
 from .pair_sheet import pair_sheet, sheet_of
-from .photographs import Photographs, read_photographs, sharp, split_held_out
+from .photographs import kept_aside, Photographs, read_photographs, sharp
 from ..baselines.diffusion_classifier import noise_errors, posterior
 from ..core.checked import check_fields
 from ..core.files import atomic_json, printable, write_atomic
@@ -203,7 +203,7 @@ def check(folder: Path | str, # of photographs
         _check_free(Path(out))
     prior = load_prior(s.prior, device)
     found = read_photographs(folder, classes, s)
-    n_aside = len(split_held_out(found.labels, s.held_out, s.seed)[1])
+    n_aside = len(kept_aside(found, s)[1])
     reading = [found.report]
     beside = read_others(others, found.images, s, n_aside, None, reading.append) if others is not None else None
     what, wanted, megabytes = _wanted(s, len(found), len(classes), prior.image_size, beside)

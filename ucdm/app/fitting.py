@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .cut import answers, fit_temperature, threshold_for_rate
+from .cut import answers, fit_temperature, LEAST, threshold_for_rate
 from .fit_settings import deciding, FitSettings, pair_config, train_config
 from ucdm.app.likelihood_training import (
     check_others, Fitted, labels_config, likelihood_config, Others, read_others, taught
@@ -24,10 +24,11 @@ from ucdm.app.likelihood_training import (
 from .model import check_device, check_outside, check_place, Model, of_a_writer, without_paths
 from .network import network_name, SizedUCDM, starting_weights
 from .pair_sheet import pair_sheet
-from .photographs import Photographs, read_photographs, sharp, split_held_out
+from .photographs import kept_aside, Photographs, read_photographs, sharp
 from ..core.checked import check_fields
 from ..core.files import atomic_json, canonical, locked, printable
 from ..core.progress import human_time, say
+from ..core.source import source_hash
 from ..core.tensor_files import read_tensors
 from ..data.class_names import check_class_names
 from ..data.image_files import image_files
@@ -37,7 +38,7 @@ from ..diffusion.captions import foreign_words, learnt_classes
 from ..diffusion.prior import load_prior, Prior
 from ..method.batch_norm import affine_frozen, freeze_batch_norm
 from ..method.checkpoint import _check_run, data_fingerprint, restore_optimizer
-from ..method.generate import generate_pairs
+from ..method.generate import generate_pairs, MAKES_PAIRS
 from ..method.pair_store import PairSet
 from ..method.pairs import PairConfig
 from ..method.pseudo_labels import other_driven
@@ -102,7 +103,7 @@ def train_sized(ucdm: SizedUCDM, # untrained; changed in place
 def pair_temperature(ucdm: SizedUCDM, pairs: PairSet, # of photographs that were kept aside
                     ) -> float:
     "The temperature at which pairs that took no part in the training are likeliest."
-    if not len(pairs): return 1.0
+    if len(pairs) < LEAST: return 1.0
     y = torch.arange(len(pairs.classes)).repeat(len(pairs))
     both = torch.cat([pairs.positives[:].flatten(0, 1), pairs.negatives[:].flatten(0, 1)])
     absent = torch.arange(len(both)) >= len(y)
@@ -148,6 +149,8 @@ def _finished(out: Path, spec: dict, device: str | None = None) -> Model | None:
         raise ValueError(f"out: {out} holds a model made {said}; give the same, or another name, or delete it.")
     if preset != spec.get("settings", {}).get("preset") and _decided(there) == _decided(as_there):
         raise ValueError(f"out: {out} holds a model made with --preset {preset}; give that, or another name, or delete it.")
+    if _decided(there | dict(prior=spec.get("prior"))) == _decided(spec):
+        raise ValueError(f"out: {out} holds a model of another generator, or of it in another precision; give another name.")
     raise ValueError(f"out: {out} holds a model of other photographs or settings; give another name, or delete it.")
 
 # %% ../../nbs/app/10_fitting.ipynb #2811a011
@@ -231,8 +234,8 @@ class Job:
     others: Others | None = None # photographs of other things
 
     @property
-    def pairs_folder(self) -> Path: # one for each generator, list of classes and size
-        what = canonical([self.spec[k] for k in ("prior", "pairs", "classes")])
+    def pairs_folder(self) -> Path: # one for each generator, list of classes, size, and code that makes pairs
+        what = canonical([*(self.spec[k] for k in ("prior", "pairs", "classes")), source_hash(MAKES_PAIRS)])
         kind = "pairs" if self.spec["pairs"] else "likelihoods" # a name alone, for whose folder see `said_folder`
         return self.work / f"{kind}-{hashlib.sha256(what.encode()).hexdigest()[:8]}-{self.s.size}"
 
@@ -267,7 +270,7 @@ def _pairs(job: Job, progress: bool) -> PairSet:
 def _trained(job: Job, pairs: PairSet, weights: dict | None) -> tuple[SizedUCDM, float, int]:
     "A trained classifier, its temperature, and the number of photographs which that comes from."
     found, s, config = job.found, job.s, train_config(job.s)
-    learnt, aside = split_held_out(found.labels, s.held_out, s.seed)
+    learnt, aside = kept_aside(found, s)
     part = lambda rows: PairSet(pairs.positives[rows], pairs.negatives[rows], pairs.classes)
     ucdm = SizedUCDM(pairs.classes, config, len(learnt), job.device, s.size, weights)
     ucdm.history.append(starting_note(weights)) # a checkpoint brings its own
@@ -282,11 +285,10 @@ def _by_pairs(job: Job, weights: dict | None, progress: bool) -> Fitted:
     pairs = _pairs(job, progress)
     return Fitted(*_trained(job, pairs, weights), pair_sheet(job.found.images, pairs))
 
-
 def _by_likelihoods(job: Job, weights: dict | None, progress: bool) -> Fitted:
     "What `taught` gives for a job."
     found, s = job.found, job.s
-    _, aside = split_held_out(found.labels, s.held_out, s.seed)
+    _, aside = kept_aside(found, s)
     epochs = likelihood_config(s, len(found.images), len(job.classes)).epochs
     return taught(found.images, found.labels, job.classes, job.prior, s, aside, job.said_folder, job.checkpoint, job.device,
                   weights, starting_note(weights), job.tell, lambda: _lines(epochs, job.tell), job.others, progress)
@@ -301,8 +303,8 @@ def _model(job: Job, began: float, progress: bool) -> Model:
     by_likelihoods = s.preset == "likelihood"
     made = (_by_likelihoods if by_likelihoods else _by_pairs)(job, weights, progress)
     source = "the generator's labels" if by_likelihoods else "the pairs"
-    about = _about(job, started_from(made.ucdm.history, s), time.monotonic() - began, calls)
-    about |= dict(temperature_from=f"{source} of {made.aside} photographs kept out of the training" if made.aside else "not fitted")
+    fitted = f"{source} of {made.aside} photographs kept out of the training" if made.temperature != 1 else "not fitted"
+    about = _about(job, started_from(made.ucdm.history, s), time.monotonic() - began, calls) | dict(temperature_from=fitted)
     if made.cut_from: about |= dict(cut_from=made.cut_from)
     model = Model.of(made.ucdm, fit=s.fit, alpha=s.alpha, temperature=made.temperature, about=about)
     model.sheet, model.threshold = made.sheet, made.threshold
@@ -345,7 +347,8 @@ def _fitted(job: Job, out: Path, earlier: Model | None, began: float, progress: 
     if model is None:
         try:
             with locked(job.work / ".lock", str(out), timeout=0):
-                made = _model(job, began, progress)
+                try: made = _model(job, began, progress)
+                except ValueError as e: raise RuntimeError(f"{e} What was computed is kept.") from None # no longer at the door
                 if earlier: _take_cut(made, earlier, job.found, job.tell)
                 model = _meanwhile(job, out)
                 if model is None:
@@ -390,7 +393,7 @@ def fit(folder: Path | str, # of unlabelled photographs
     with kept_reading(folder, *reading) as kept, kept_reading(others, *reading) if others is not None else nullcontext() as kept_others:
         found = read_photographs(folder, classes, s, labels, kept)
         tell(found.report)
-        n_aside = len(split_held_out(found.labels, s.held_out, s.seed)[1])
+        n_aside = len(kept_aside(found, s)[1])
         beside = read_others(others, found.images, s, n_aside, kept_others, tell) if others is not None else None
         prior = sharp(prior, found, s)
         job = Job(found, classes, prior, s, specification(found, classes, prior, s, beside), work, device, tell, beside)

@@ -7,13 +7,14 @@ __all__ = ['OTHER', 'IGNORE_FILE', 'label_rows', 'Labelled', 'labelled_file', 'r
            'ignored_names', 'idle_patterns']
 
 # %% ../../nbs/app/01_label_files.ipynb #4a42d51b
-import codecs, csv, io, os
+import codecs, csv, io, os, unicodedata
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
 from ..core.checked import nearest
 from ..core.files import printable, Unusable
+from ..data.class_names import composed
 from ..data.splits import GROUPS
 
 # %% ../../nbs/app/01_label_files.ipynb #5a1c0e02
@@ -79,7 +80,9 @@ def labelled_file(name: str, # as a line of a CSV has it
 
     FileNotFoundError if it is in none of the places, unless it may be gone; ValueError for two different files.
     """
-    there = [place / name for place in places if os.path.isfile(place / name)] or _spelt_out(name, places[1:])
+    spellings = name, composed(name), unicodedata.normalize("NFD", name)
+    found = ([place / n for place in places if os.path.isfile(place / n)] for n in spellings)
+    there = next(filter(None, found), None) or _spelt_out(name, places[1:])
     if len({os.path.realpath(path) for path in there}) > 1:
         both = printable(" and ".join(map(str, there)))
         raise ValueError(f"{where}: {name!r} may be {both}; write its whole path.")
@@ -100,7 +103,9 @@ def read_labels(file: Path | str, # a CSV with the columns file and label, and m
     different labels, an unknown group, or text that is not UTF-8. Each names the line.
     """
     file, found = Path(file), {}
-    if not file.is_file(): raise FileNotFoundError(f"labels: there is no file {file}; check the path.")
+    try: there = file.is_file()
+    except PermissionError as e: raise Unusable(f"labels: {file} cannot be looked at ({e.strerror}); give another.") from None
+    if not there: raise FileNotFoundError(f"labels: there is no file {file}; check the path.")
     places = [file.parent, *([Path(folder)] if folder is not None else [])]
     for n, row in label_rows(file, gone):
         where = f"labels: {file}, line {n}"
@@ -127,7 +132,8 @@ def label_number(label: str, # as written
                 ) -> int: # 0 to K - 1, or K for "other"
     "The number of a label. ValueError for a name that is none of the classes, if `strict`."
     if label in classes: return classes.index(label)
-    alike = [i for i, name in enumerate(classes) if name.casefold() == label.casefold()]
+    plain = lambda name: composed(name).casefold()
+    alike = [i for i, name in enumerate(classes) if plain(name) == plain(label)]
     if len(alike) == 1: return alike[0]
     if strict and label.casefold() != OTHER: raise ValueError(f"labels: {nearest(label, (*classes, OTHER), 'label')}")
     return len(classes)

@@ -30,8 +30,9 @@ def memory_file() -> Path:
 
 
 def _kept() -> dict[str, str]:
-    try: return json.loads(memory_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError): return {}
+    try: kept = json.loads(memory_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError, RuntimeError): return {} # RuntimeError: nobody's home
+    return kept if isinstance(kept, dict) else {}
 
 # %% ../../nbs/core/08_remembered.ipynb #4e3e0011
 def remembered(key: str, # names the question, a signature in it
@@ -42,5 +43,5 @@ def remembered(key: str, # names the question, a signature in it
     if key not in _KNOWN:
         _KNOWN[key] = answer()
         try: write_atomic(memory_file(), json.dumps(_kept() | {key: _KNOWN[key]}, indent=0))
-        except OSError: pass # a home that cannot be written
+        except (OSError, RuntimeError): pass # a home that cannot be written, or is none
     return _KNOWN[key]

@@ -14,7 +14,7 @@ from heapq import heappop, heappush
 from pathlib import Path
 
 # %% ../../nbs/data/10_image_files.ipynb #2a10f005
-from ..core.files import printable
+from ..core.files import printable, Unusable
 
 # %% ../../nbs/data/10_image_files.ipynb #2a10f008
 SIGNATURES = { # first bytes: kind, as Pillow calls it
@@ -139,14 +139,20 @@ def _enter(found: FoundFiles, at: Path) -> tuple[list[Path], list[Path]]: # real
 
 # %% ../../nbs/data/10_image_files.ipynb #2a10f01c
 def find_images(folder: Path | str) -> FoundFiles:
-    "All files of a folder and of the folders below. FileNotFoundError for a missing folder."
+    "All files of a folder and of the folders below. FileNotFoundError for a missing folder, Unusable for one out of reach."
     folder = Path(folder)
-    if not folder.is_dir(): raise FileNotFoundError(f"there is no folder {printable(folder)}; check the path.")
+    try: there = folder.is_dir()
+    except PermissionError as e: raise Unusable(f"{printable(folder)} cannot be looked at ({e.strerror}); give another.") from None
+    if not there: raise FileNotFoundError(f"there is no folder {printable(folder)}; check the path.")
     found, seen, real, linked = FoundFiles(folder), set(), [folder], []
     above = set(map(_identity, folder.resolve().parents))
     while real or linked:
         at = real.pop() if real else heappop(linked)
-        if (identity := _identity(at)) in seen: found.leave_out(at, AGAIN, "/")
+        try: identity = _identity(at)
+        except OSError as error: # a folder that may be listed, and not entered
+            found.refuse(at, error, "/")
+            continue
+        if identity in seen: found.leave_out(at, AGAIN, "/")
         elif identity in above: found.leave_out(at, UP, "/")
         else:
             seen.add(identity)

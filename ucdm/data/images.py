@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'ImageSet', 'pixel_hash', 'content_ids', 'class_id', 'to_float', 'to_uint8', 'UnusableImage',
-           'pixel_limit', 'decode', 'decode_images']
+           'pixel_limit', 'check_pixels', 'decode', 'decode_images']
 
 # %% ../../nbs/data/01_images.ipynb #db1cb236
 import hashlib, io, os, threading, warnings
@@ -184,15 +184,21 @@ def _header(source) -> Image.Image:
         finally: Image.MAX_IMAGE_PIXELS = before
 
 # %% ../../nbs/data/01_images.ipynb #3092ddb7
-def _open(source, limit: int) -> Image.Image:
-    "Open an image of at most `limit` pixels. UnusableImage for a larger one."
-    im = _header(source)
-    if im.width * im.height <= limit: return im
+def check_pixels(im: Image.Image, limit: int) -> None:
+    "UnusableImage for more than `limit` pixels; it is closed then."
+    if im.width * im.height <= limit: return
     im.close()
     raise UnusableImage(
         f"{im.width:,} x {im.height:,} pixels, the limit is {limit:,} in all: if it is what it should be, raise "
         f"UCDM_MAX_PIXELS or max_pixels to {im.width * im.height}"
     )
+
+
+def _open(source, limit: int) -> Image.Image:
+    "Open an image of at most `limit` pixels. UnusableImage for a larger one."
+    im = _header(source)
+    check_pixels(im, limit)
+    return im
 
 # %% ../../nbs/data/01_images.ipynb #a7f52956
 def _check_range(values: np.ndarray, low, high) -> None: # finite ones; their ends

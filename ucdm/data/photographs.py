@@ -21,7 +21,7 @@ from annotated_types import Interval
 from ..core.checked import Count, settings
 from ..core.files import printable
 from .image_files import head_of, kind_of
-from .images import _eight_bits, _open, _shrunk, pixel_limit, UnusableImage
+from .images import check_pixels, _eight_bits, _open, _shrunk, pixel_limit, UnusableImage
 
 # %% ../../nbs/data/11_photographs.ipynb #2b11f009
 @settings
@@ -81,20 +81,21 @@ def _moves(im: Image.Image) -> bool:
     return im.format != "MPO" and getattr(im, "is_animated", False)
 
 
-def _frames(im: Image.Image) -> Iterator[Image.Image]: # the same object, on one picture after the other
-    "The pictures of an animation; the one picture of anything else."
+def _frames(im: Image.Image, limit: int) -> Iterator[Image.Image]: # the same object, on one picture after the other
+    "The pictures of an animation; the one picture of anything else. UnusableImage for a later one of more pixels than `limit`."
     yield im
     if not _moves(im): return
     for n in range(1, FRAMES):
         try: im.seek(n)
         except EOFError: return
+        check_pixels(im, limit)
         yield im
 
 
 def first_visible(im: Image.Image, options: PhotoOptions = PhotoOptions()) -> Image.Image: # RGB, upright
     "The first picture of an animation that is not of one colour; the first one if none is."
     first = None
-    for frame in _frames(im):
+    for frame in _frames(im, pixel_limit(options.max_pixels)):
         rgb = opaque(_shrunk(_eight_bits(upright(frame)), options.size), options.grey)
         if not _moves(im) or any(high - low > 8 for low, high in rgb.getextrema()): return rgb
         first = first or rgb
@@ -155,6 +156,7 @@ def _read(source: bytes | Path, options: PhotoOptions, hold) -> Photograph:
         im.draft(None, (options.draft_side or max(256, 2 * options.size),) * 2)
         with hold(_bytes_needed(im, width * height)):
             rgb = first_visible(im, options)
+            if _moves(im): width, height = im.size # pages of a TIFF differ
             small = rgb.resize((SMALL, SMALL), Image.Resampling.BOX, reducing_gap=2)
             square, small = (np.asarray(x).transpose(2, 0, 1) for x in (to_square(rgb, options), small))
         return Photograph(square, *((height, width) if orientation(im) > 4 else (width, height)), small)
