@@ -128,12 +128,12 @@ def calibration_loss(probs: Tensor, # [N, K + 1]
 LEAST, FARTHEST = 10, 20.0 # images; a temperature is between 1 / FARTHEST and FARTHEST
 
 def fit_temperature(probs: Tensor, labels: Tensor, absent: Tensor | None = None, # as for `calibration_loss`
-                   ) -> float: # 1 for fewer than `LEAST` images, and where none is the best
+                   ) -> float: # 1 for fewer than `LEAST` images, and where surer answers are never worse
     "The temperature at which the loss is smallest."
     if len(labels) < LEAST: return 1.0
     loss, most = lambda log_t: calibration_loss(tempered(probs, math.exp(log_t)), labels, absent), math.log(FARTHEST)
-    log_t = minimize_scalar(loss, bounds=(-most, most), method="bounded").x
-    return 1.0 if abs(log_t) > 0.99 * most else round(math.exp(log_t), 4)
+    best = minimize_scalar(loss, bounds=(-most, most), method="bounded")
+    return 1.0 if loss(-most) <= best.fun + 1e-9 else round(math.exp(best.x), 4)
 
 # %% ../../nbs/app/04_cut.ipynb #7c1b2a21
 def cut_from_labels(probs: Tensor, # a model's, of labelled images [N, K + 1]

@@ -235,12 +235,12 @@ class Job:
 
     @property
     def pairs_folder(self) -> Path: # one for each generator, list of classes, size, and code that makes pairs
-        what = canonical([*(self.spec[k] for k in ("prior", "pairs", "classes")), source_hash(MAKES_PAIRS)])
+        what = [*(self.spec[k] for k in ("prior", "pairs", "classes")), *[source_hash(MAKES_PAIRS)] * bool(self.spec["pairs"])]
         kind = "pairs" if self.spec["pairs"] else "likelihoods" # a name alone, for whose folder see `said_folder`
-        return self.work / f"{kind}-{hashlib.sha256(what.encode()).hexdigest()[:8]}-{self.s.size}"
+        return self.work / f"{kind}-{hashlib.sha256(canonical(what).encode()).hexdigest()[:8]}-{self.s.size}"
 
     @property
-    def checkpoint(self) -> Path: return self.work / f"training-{self.spec['hash']}.ckpt"
+    def checkpoint(self) -> Path: return self.work / f"training-{self.spec['hash']}-{self.pairs_folder.name}.ckpt"
 
     @property
     def said_folder(self) -> Path: return self.work / "likelihoods" # what generators said of photographs, and drew
@@ -348,7 +348,7 @@ def _fitted(job: Job, out: Path, earlier: Model | None, began: float, progress: 
         try:
             with locked(job.work / ".lock", str(out), timeout=0):
                 try: made = _model(job, began, progress)
-                except ValueError as e: raise RuntimeError(f"{e} What was computed is kept.") from None # no longer at the door
+                except ValueError as e: raise RuntimeError(f"{str(e).rstrip('.')}. What was computed is kept.") from e
                 if earlier: _take_cut(made, earlier, job.found, job.tell)
                 model = _meanwhile(job, out)
                 if model is None:
@@ -375,8 +375,8 @@ def fit(folder: Path | str, # of unlabelled photographs
     """Fit a classifier of your classes and "other" to unlabelled photographs, and write it to a folder.
 
     Stopped and called again, it goes on. ValueError, TypeError or FileNotFoundError for what cannot be, before anything
-    is written; OSError where it cannot be written; RuntimeError if another process works on the same model. With
-    `keep_cut`, labels may change what is learnt, and the same fraction of the photographs is answered with "other".
+    is computed; OSError where it cannot be written; RuntimeError for what goes wrong later, and if another process works on
+    the same model. With `keep_cut`, labels may change what is learnt, and the same fraction of the photographs is answered with "other".
     """
     if others is not None: settings = dict(preset="likelihood") | settings
     check_fields(settings, FitSettings, "fit")

@@ -148,7 +148,9 @@ def ignore_patterns(folder: Path | str) -> list[str]: # of photographs
     names = (line.strip().strip("/") for line in lines if not line.strip().startswith("#"))
     return [*dict.fromkeys(name for name in names if name)]
 
-def _hits(pattern: str, name: str) -> bool: return name == pattern or fnmatch(name, pattern) or name.startswith(f"{pattern}/")
+def _hits(pattern: str, name: str) -> bool:
+    pattern, name = composed(pattern), composed(name)
+    return name == pattern or fnmatch(name, pattern) or name.startswith(f"{pattern}/")
 
 def ignored_names(folder: Path | str, # of photographs
                   names: list[str], # relative to it

@@ -134,12 +134,12 @@ def first_alike(images: Tensor, # uint8 [N, 3, size, size]
 def split_held_out(labels: Tensor, # int64 [N], -1 for no label
                    alike: Tensor, # as `first_alike`
                    fraction: float, seed: int) -> tuple[Tensor, Tensor]: # rows to learn from, rows kept aside; ascending
-    "Rows of the photographs, copies on one side. None is kept aside of fewer than 20 different ones without a label."
-    rows = torch.arange(len(labels))
-    free = rows[(alike == rows) & ~torch.isin(alike, alike[labels >= 0])]
+    "Rows of the photographs. None is kept aside of fewer than 20 without a label; what has a copy is learnt from."
+    free = ((labels < 0) & (alike.bincount()[alike] == 1)).nonzero()[:, 0]
     n = round(fraction * len(free)) if len(free) >= 20 else 0
-    aside = torch.isin(alike, free[torch.randperm(len(free), generator=generator(seed, "held out"))[:n]])
-    return rows[~aside], rows[aside]
+    aside = free[torch.randperm(len(free), generator=generator(seed, "held out"))[:n]].sort().values
+    learnt = torch.ones(len(labels), dtype=torch.bool).index_fill(0, aside, False)
+    return learnt.nonzero()[:, 0], aside
 
 
 def kept_aside(found: Photographs, s: FitSettings) -> tuple[Tensor, Tensor]: # rows to learn from, rows kept aside

@@ -90,9 +90,9 @@ class MTCFConfig(MixMatchConfig):
         if self.pre_epochs >= self.epochs:
             raise ValueError(f"MTCFConfig.pre_epochs must be below epochs, got {self.pre_epochs} and {self.epochs}")
         steps = self.iterations if self.image_passes is None else self.image_passes // self.batch_size
-        if steps < self.epochs: # those that learn the classes would not be reached
-            raise ValueError(f"MTCFConfig.epochs: {self.epochs} epochs need a step each, and there are {steps}; lower epochs and "
-                             "pre_epochs.")
+        if steps <= self.pre_epochs: # an epoch has a step at least
+            raise ValueError(f"MTCFConfig.pre_epochs: {steps} steps end before the {self.pre_epochs} epochs that learn no class; lower "
+                             "pre_epochs and epochs.")
 
 # %% ../../nbs/baselines/16_mtcf.ipynb #0dc0a7a1
 @register("mtcf")

@@ -82,7 +82,7 @@ def _moves(im: Image.Image) -> bool:
 
 
 def _frames(im: Image.Image, limit: int) -> Iterator[Image.Image]: # the same object, on one picture after the other
-    "The pictures of an animation; the one picture of anything else. UnusableImage for a later one of more pixels than `limit`."
+    "The pictures of an animation; the one picture of anything else. UnusableImage for a later one above `limit` pixels."
     yield im
     if not _moves(im): return
     for n in range(1, FRAMES):
@@ -99,6 +99,7 @@ def first_visible(im: Image.Image, options: PhotoOptions = PhotoOptions()) -> Im
         rgb = opaque(_shrunk(_eight_bits(upright(frame)), options.size), options.grey)
         if not _moves(im) or any(high - low > 8 for low, high in rgb.getextrema()): return rgb
         first = first or rgb
+    im.seek(0)
     return first
 
 # %% ../../nbs/data/11_photographs.ipynb #2b11f01a

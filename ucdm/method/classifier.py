@@ -126,7 +126,10 @@ def load(cls: UCDM,
          path: str|Path, # file written by `save`, or a checkpoint
          device=None, # default: CUDA, MPS or CPU, whichever is there
         ): # UCDM
-    "Read a classifier. `FileNotFoundError` or `ValueError` for a file that is missing, truncated or something else."
+    """Read a classifier; settings that only a method on top of UCDM knows are left out.
+
+    `FileNotFoundError` or `ValueError` for a file that is missing, truncated or something else.
+    """
     tensors, meta = read_tensors(path)
     if meta.get("format") != "ucdm 1":
         raise ValueError(f"{path} holds no ucdm classifier (format {meta.get('format')!r})")
