@@ -130,7 +130,7 @@ def first_alike(images: Tensor, # uint8 [N, 3, size, size]
     first = {}
     return torch.tensor([first.setdefault(i, n) for n, i in enumerate(content_ids(images))])
 
-
+# %% ../../nbs/app/07_photographs.ipynb #9bc3ac19
 def split_held_out(labels: Tensor, # int64 [N], -1 for no label
                    alike: Tensor, # as `first_alike`
                    fraction: float, seed: int) -> tuple[Tensor, Tensor]: # rows to learn from, rows kept aside; ascending
@@ -141,7 +141,7 @@ def split_held_out(labels: Tensor, # int64 [N], -1 for no label
     learnt = torch.ones(len(labels), dtype=torch.bool).index_fill(0, aside, False)
     return learnt.nonzero()[:, 0], aside
 
-
+# %% ../../nbs/app/07_photographs.ipynb #9bc3ac1a
 def kept_aside(found: Photographs, s: FitSettings) -> tuple[Tensor, Tensor]: # rows to learn from, rows kept aside
     "`split_held_out` by the settings of a fit."
     return split_held_out(found.labels, first_alike(found.images), s.held_out, s.seed)

@@ -104,7 +104,7 @@ def composed(name: str) -> str:
     "A name in Unicode's composed form: what looks the same is the same, whatever wrote it."
     return unicodedata.normalize("NFC", name)
 
-
+# %% ../../nbs/data/02_class_names.ipynb #740296d0
 def _class_name(name) -> str:
     "One name, trimmed. TypeError or ValueError if it is none."
     if not isinstance(name, str): raise TypeError(f"class names must be strings, got {name!r}.")

@@ -173,6 +173,7 @@ def open_labels(self: LikelihoodLabels, r: Tensor, # soft labels [B, K]
     "What the yes/no answers learn."
     return r
 
+# %% ../../nbs/likelihood/05_likelihood_labels.ipynb #788b597c
 @patch
 def loss(self: LikelihoodLabels, batch):
     parts = list(batch.values())
@@ -241,6 +242,7 @@ def errors_of(task: Task, prior, images: Tensor) -> Tensor: # [N, K + 1, n], the
     c, prompts = task.config, [*map(task.config.template.format, task.classes), ""]
     return image_errors(prior, images, prompts, c.draws, cache=task.cache, progress=task.bars)
 
+# %% ../../nbs/likelihood/05_likelihood_labels.ipynb #8e37f2d4
 def likelihoods_of(task: Task, prior, images: Tensor) -> Tensor: # r [N, K]
     "The generator's soft labels of images."
     c = task.config
