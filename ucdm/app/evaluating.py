@@ -6,7 +6,7 @@
 __all__ = ['Evaluation', 'group_metrics', 'Measured', 'evaluate']
 
 # %% ../../nbs/app/14_evaluating.ipynb #4d38bd23
-import math, statistics, warnings
+import math, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -25,7 +25,7 @@ from ..core.checked import checked
 from ..data.own_folder import kept_reading, read_folder
 from ..data.photographs import PhotoOptions
 from ..data.splits import GROUPS
-from ..evaluation.metrics import auroc_known_vs_other, ece
+from ..evaluation.metrics import auroc_known_vs_other, balance_score, ece
 
 # %% ../../nbs/app/14_evaluating.ipynb #8493c6de
 @dataclass
@@ -58,8 +58,7 @@ def group_metrics(probs: Tensor, # [N, K + 1]
     order = [g for g in (*GROUPS, "other") if g in names]
     at = {g: torch.tensor([n == g for n in names]) for g in order}
     found = {g: right[at[g]].mean().item() * 100 for g in order}
-    spread = statistics.stdev(found.values()) if len(found) > 1 else math.nan
-    balance = statistics.mean(found.values()) - spread
+    balance = balance_score(*found.values()) if len(found) > 1 else math.nan
     return found | dict(balance=balance, auroc=auroc_known_vs_other(probs, labels), ece=ece(probs, labels))
 
 # %% ../../nbs/app/14_evaluating.ipynb #7c1b2a81

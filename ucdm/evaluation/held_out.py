@@ -6,7 +6,6 @@
 __all__ = ['held_out_rows', 'held_out_metrics', 'held_out_protocol']
 
 # %% ../../nbs/evaluation/06_held_out.ipynb #a2000004
-import math, statistics
 from collections.abc import Callable
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import Tensor
 from ..data.images import ImageSet
 from ..data.splits import CDMSplit
 from .judge import Judge, load_judge, PACKAGED_JUDGES
-from .metrics import accuracy, auroc_known_vs_other
+from .metrics import accuracy, auroc_known_vs_other, balance_score
 
 # %% ../../nbs/evaluation/06_held_out.ipynb #a2000007
 def held_out_rows(split: CDMSplit, train: ImageSet, # the training images
@@ -44,9 +43,7 @@ def held_out_metrics(predict: Callable, # as a fitted method's
     closed, open_probs = (p.detach().cpu() for p in predict(images))
     is_known = labels < len(known)
     found = {g: accuracy(open_probs[at], labels[at]) for g, at in (("known", is_known), ("unknown", ~is_known))}
-    both = tuple(found.values())
-    balance = math.nan if any(map(math.isnan, both)) else statistics.mean(both) - statistics.stdev(both)
-    return dict(closed=accuracy(closed[is_known], labels[is_known]), **found, balance=balance,
+    return dict(closed=accuracy(closed[is_known], labels[is_known]), **found, balance=balance_score(*found.values()),
                 auroc=auroc_known_vs_other(open_probs, labels))
 
 # %% ../../nbs/evaluation/06_held_out.ipynb #a2000017

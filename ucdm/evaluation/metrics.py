@@ -40,13 +40,10 @@ def open_accuracies(open_probs: Mapping[str, Tensor], # for each group, probabil
     return {g: accuracy(open_probs[g], labels[g]) for g in GROUPS}
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #5e6a3a40
-def balance_score(known: float, # accuracies, in percent
-                  unknown: float,
-                  new: float,
-                 ) -> float: # in percent, from -24.4 to 100
-    "Mean minus sample standard deviation (ddof = 1) of the three open-set accuracies (section 4.1)."
-    a = (known, unknown, new)
-    return math.nan if any(map(math.isnan, a)) else statistics.mean(a) - statistics.stdev(a)
+def balance_score(*accuracies: float, # of known, unknown and new images, or of two groups, in percent
+                 ) -> float: # in percent; of three from -24.4 to 100; nan if one is nan
+    "Mean minus sample standard deviation (ddof = 1) of the open-set accuracies (section 4.1)."
+    return math.nan if any(map(math.isnan, accuracies)) else statistics.mean(accuracies) - statistics.stdev(accuracies)
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #a12a0001
 def log_odds(open_probs: Tensor, # probabilities over K + 1 answers [N, K + 1]
