@@ -47,11 +47,12 @@ class NetworkAndGenerator:
     def answer(self, images: Tensor, # uint8 [N, 3, H, W]
                errors: Tensor | None = None, # of these images, if they are known [N, K + 1, n]
               ) -> tuple[Tensor, Tensor, dict[str, tuple[Tensor, Tensor]]]:
-        "Closed [N, K] and open [N, K + 1] probabilities of both, float64, and what the network alone says."
+        "Closed [N, K] and open [N, K + 1] probabilities of both, float64, and what each alone says."
         logits, of_network = answers(self.network, images)
         log_q = self.reading(self.classifier.errors(images) if errors is None else errors)
-        alone = logits.softmax(1), self.network.decide(logits, of_network, "")
-        return together(alone[0], log_q[:, :-1].log_softmax(1)), together(of_network, log_q), dict(network=alone)
+        closed, generators = logits.softmax(1), log_q[:, :-1].log_softmax(1)
+        alone = dict(network=(closed, self.network.decide(logits, of_network, "")), generator=(generators.exp().float(), log_q.exp().float()))
+        return together(closed, generators), together(of_network, log_q), alone
 
     def predict_by_rule(self, images: Tensor, # uint8 [N, 3, H, W]
                        ) -> dict[str, tuple[Tensor, Tensor]]: # rule -> what `predict` gives with it; under "" without one
