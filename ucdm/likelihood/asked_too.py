@@ -51,7 +51,8 @@ class NetworkAndGenerator:
         logits, of_network = answers(self.network, images)
         log_q = self.reading(self.classifier.errors(images) if errors is None else errors)
         closed, generators = logits.softmax(1), log_q[:, :-1].log_softmax(1)
-        alone = dict(network=(closed, self.network.decide(logits, of_network, "")), generator=(generators.exp().float(), log_q.exp().float()))
+        alone = dict(network=(closed, self.network.decide(logits, of_network, "")))
+        alone |= dict(generator=(generators.exp().float(), log_q.exp().float()))
         return together(closed, generators), together(of_network, log_q), alone
 
     def predict_by_rule(self, images: Tensor, # uint8 [N, 3, H, W]
@@ -83,7 +84,7 @@ def cut_together(both: NetworkAndGenerator, task: Task,
 # %% ../../nbs/likelihood/09_asked_too.ipynb #d9b10010
 @settings
 class AskedTooConfig(LikelihoodLabelsConfig):
-    "Settings of likelihood labels whose generator is asked about each image, too. `ValueError` or `TypeError` for a value that makes no sense."
+    "Settings of likelihood labels, generator asked too. `ValueError` or `TypeError` for a value that makes no sense."
     def __post_init__(self):
         super().__post_init__()
         if self.deviations != "common":
