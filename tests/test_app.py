@@ -569,3 +569,44 @@ def test_pairs_by_a_generator_of_larger_images(tmp_path):
     prior = SharpPrior(load_prior("fashion-mnist"), small, paths, options)
     pairs = generate_pairs(prior, photographs, ("bag",), PairConfig(steps=1), tmp_path / "store", progress=False)
     assert len(pairs) == 3
+
+
+def test_a_generator_of_larger_images_is_asked_about_the_files(tmp_path, monkeypatch):
+    """Asked together with its network, a generator that works at a higher resolution sees the photographs' files, those
+    with labels, too.
+    """
+    from ucdm.app import photographs
+    from ucdm.app.asking import asking
+    from ucdm.app.demo_photos import demo, DEMO_CLASSES
+    from ucdm.app.evaluating import evaluate
+    from ucdm.app.fitting import fit
+    from ucdm.app.label_files import read_labels
+    from ucdm.data.own_folder import read_folder
+    from ucdm.diffusion.prior import Prior
+
+    photos = demo(tmp_path / "photos", photos=30, new=2)
+    model = fit(photos, DEMO_CLASSES, tmp_path / "model", preset="likelihood", progress=False)
+    found, both = read_folder(photos / "new", model.size), asking(model)
+    as_it_is = both.predict(found.images)
+    measured = evaluate(model, photos / "new_labels.csv", ask_generator=True)
+    assert measured.cut == "UCDM's own rule; generator asked too" and len(found) == measured.confusion.values.sum()
+
+    class Larger(Prior): # says that it works at 64 pixels
+        def __init__(self, prior):
+            self.__dict__.update(prior.__dict__)
+            self.real, self.image_size = prior, 64
+
+        def encode(self, images, noise=None): return self.real.encode(images, noise)
+
+    both.prior = Larger(both.prior)
+    read, before = [], photographs.pixels_of
+    def counted(path, options):
+        read.append((path, options.size))
+        return before(path, options)
+    both.of_files(found.images, found.paths, found.options)
+    both.of_labelled(read_labels(photos / "new_labels.csv", photos), found.options)
+    monkeypatch.setattr(photographs, "pixels_of", counted)
+    larger = both.predict(found.images)
+    assert {p.name for p, _ in read} == {p.name for p in found.paths} and {s for _, s in read} == {64}
+    assert (larger - as_it_is).abs().max() < 0.2 # the files hold no more than the small images do
+    assert (larger.argmax(1) == as_it_is.argmax(1)).all()

@@ -304,8 +304,7 @@ def _model(job: Job, began: float, progress: bool) -> Model:
     made = (_by_likelihoods if by_likelihoods else _by_pairs)(job, weights, progress)
     source = "the generator's labels" if by_likelihoods else "the pairs"
     fitted = f"{source} of {made.aside} photographs kept out of the training" if made.temperature != 1 else "not fitted"
-    about = _about(job, started_from(made.ucdm.history, s), time.monotonic() - began, calls) | dict(temperature_from=fitted)
-    if made.cut_from: about |= dict(cut_from=made.cut_from)
+    about = _about(job, started_from(made.ucdm.history, s), time.monotonic() - began, calls) | dict(temperature_from=fitted) | made.notes
     model = Model.of(made.ucdm, fit=s.fit, alpha=s.alpha, temperature=made.temperature, about=about)
     model.sheet, model.threshold = made.sheet, made.threshold
     return model

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FEWEST', 'LEAST_PASSES', 'DRAWN', 'READ', 'TAKEN', 'LOOKED_AT', 'NEEDED', 'SURE', 'likelihood_config', 'Others',
            'other_photographs', 'with_others', 'labels_config', 'check_others', 'read_others', 'SizedLabels',
-           'with_given', 'sure_labels', 'label_temperature', 'others_cut', 'label_sheet', 'Fitted', 'fitted_from',
-           'taught']
+           'with_given', 'sure_labels', 'label_temperature', 'others_cut', 'label_sheet', 'Fitted', 'reading_note',
+           'fitted_from', 'taught']
 
 # %% ../../nbs/app/09_likelihood_training.ipynb #4a1c0004
 import hashlib
@@ -35,8 +35,9 @@ from ..data.images import content_ids, ImageSet
 from ..diffusion.prior import Prior
 from ..likelihood.cut import best_cut, kept_out
 from ucdm.likelihood.likelihood_labels import (
-    hardest, HARDEST, labelled_negatives, likelihoods_of, LikelihoodLabels, LikelihoodLabelsConfig, named_by
+    errors_of, hardest, HARDEST, labelled_negatives, likelihoods_of, LikelihoodLabels, LikelihoodLabelsConfig, named_by
 )
+from ..likelihood.readings import class_reading, ClassReading
 from ..runs.registry import Task
 from ..runs.spec import RunSpec
 
@@ -219,13 +220,21 @@ class Fitted(NamedTuple):
     aside: int # photographs that it comes from
     sheet: bytes # a WebP picture
     threshold: float | None = None # least probability of a class; None: UCDM's rule
-    cut_from: str | None = None # where the threshold comes from
+    notes: dict = {} # of the model: where the threshold comes from, how the generator's errors are read
+
+# %% ../../nbs/app/09_likelihood_training.ipynb #d8b40002
+def reading_note(reading: ClassReading, config: LikelihoodLabelsConfig) -> dict: # that JSON can hold
+    "How a generator is asked and its errors are read."
+    mixtures = [[m.fraction, *m.means, *m.deviations] for m in reading.mixtures]
+    return dict(draws=config.draws, template=config.template, units=reading.units.tolist(), mixtures=mixtures)
 
 # %% ../../nbs/app/09_likelihood_training.ipynb #97a3ad39
 def fitted_from(learner: SizedLabels, # trained
                 photos: Tensor, said: Tensor, # photographs; the generator's soft labels of them
                 aside: Tensor, # rows of those that nothing was learnt from
-                s: FitSettings, others: Others | None, tell: Callable) -> Fitted:
+                s: FitSettings, others: Others | None,
+                reading: dict, # of the generator's errors, see `reading_note`
+                tell: Callable) -> Fitted:
     "The classifier with its temperature, its cut and the sheet."
     temperature, sure = label_temperature(learner, photos[aside], said[aside])
     cut = others_cut(learner, photos[aside], said[aside], others.aside, temperature) if others else None
@@ -233,7 +242,8 @@ def fitted_from(learner: SizedLabels, # trained
     source = f"{len(aside)} photographs and {len(others.aside)} of other things, kept out of the training" if cut is not None else None
     hard = others.learnt[hardest(answers(learner, others.learnt)[1][:, -1], 1)[:10]] if others else None
     sheet = label_sheet(photos, said, learner.classes, hard=hard)
-    return Fitted(learner.sized_ucdm(s), temperature, sure, sheet, cut, source)
+    notes = dict(reading=reading) | (dict(cut_from=source) if source else {})
+    return Fitted(learner.sized_ucdm(s), temperature, sure, sheet, cut, notes)
 
 # %% ../../nbs/app/09_likelihood_training.ipynb #4a1c0019
 def taught(photos: Tensor, # uint8 [N, 3, size, size]
@@ -264,4 +274,5 @@ def taught(photos: Tensor, # uint8 [N, 3, size, size]
     learner = SizedLabels(named, config, r, to_side(more, s.size), of_more, device, size=s.size, weights=weights)
     learner.notes["weights"] = note["weights"]
     train(learner, checkpoint, lines(), progress=False)
-    return fitted_from(learner, photos, said, aside, s, others, tell)
+    reading = reading_note(class_reading(errors_of(task, prior, photos)), config)
+    return fitted_from(learner, photos, said, aside, s, others, reading, tell)
