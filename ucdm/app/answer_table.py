@@ -40,6 +40,9 @@ class Answers:
     def answer(self) -> list[str]: return [self.model.answers[i] for i in answers(self.probs, self.threshold).tolist()]
 
     @property
+    def asked(self) -> bool: return hasattr(self.model, "prior") # whether the generator answered, too
+
+    @property
     def counts(self) -> dict[str, int]: return {a: self.answer.count(a) for a in self.model.answers}
 
     def __repr__(self):

@@ -148,8 +148,8 @@ class MayStandAlone(TyperCommand):
 MODEL = typer.Argument(help="the folder that `ucdm fit` wrote, or an id of the hub")
 THRESHOLD = typer.Option(None, help="least probability of a class; below it the answer is other", show_default=False)
 OWN_RULE = typer.Option(False, "--own-rule", help="the likeliest of all answers (UCDM's own rule), in place of a cut that the model keeps")
-ASK = typer.Option(False, "--ask-generator", help="ask the generator that taught the model about each photograph, too: surer answers, "
-                   "after tens of questions each; for models of --preset likelihood")
+ASK = typer.Option(False, "--ask-generator", help="ask the generator that taught the model about each photograph, too: known and "
+                   "other are better told apart, after tens of questions each; for models of --preset likelihood")
 WHERE = typer.Option(None, "--prior", help="where that generator is now [default: as it was called in fit]", show_default=False)
 
 @app.command("predict", cls=MayStandAlone, epilog="Example: `ucdm predict model holiday --csv answers.csv --page --reject-rate 0.3`")

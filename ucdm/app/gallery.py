@@ -99,7 +99,7 @@ def page_data(a: Answers, page: Path, thumbs: Sequence[str]) -> dict:
     label = [a.labels.get(n, -1) for n in a.found.names]
     sizes = [f"{w}x{h}" for w, h in a.found.sizes.tolist()]
     return dict(
-        answers=list(a.model.answers), threshold=a.threshold, with_labels=a.temperature is not None,
+        answers=list(a.model.answers), threshold=a.threshold, with_labels=a.temperature is not None, asked=a.asked,
         names=list(a.found.names), sizes=sizes, labels=label,
         thumbs=list(thumbs), links=[_address(p, page) for p in a.found.paths],
         probs=[[round(p, 4) for p in row] for row in a.probs.tolist()], root=f"{a.found.folder.resolve()}{os.sep}",
@@ -195,7 +195,7 @@ def write_page(a: Answers, folder: Path | str) -> Path: # its index.html
     if a.model.sheet: write_atomic(folder / SHEET, a.model.sheet)
     page = _TEMPLATES.get_template("gallery.html.j2").render(
         title=f"{', '.join(a.model.classes)}, or other?", folder=str(a.found.folder), n=len(a), counts=a.counts,
-        cut=a.cut, data=page_data(a, folder, thumbs), curves=curves(a), facts=facts(a), sheet=SHEET if a.model.sheet else "",
+        cut=a.cut, asked=a.asked, data=page_data(a, folder, thumbs), curves=curves(a), facts=facts(a), sheet=SHEET if a.model.sheet else "",
         taught=a.model.about.get("preset"), others=a.model.about.get("others"),
         skipped=[tuple(s) for s in a.found.skipped], script=script, digest=digest,
     )

@@ -141,7 +141,7 @@ function cut() {
   $("threshold").disabled = own;
   if (!own) $("threshold").value = threshold;
   $("value").textContent = own ? "" : threshold.toFixed(3);
-  $("flag").textContent = own ? "" : "--threshold " + threshold + (data.with_labels ? " --labels …" : ""); // all digits: the command answers as the page does
+  $("flag").textContent = (own ? "" : "--threshold " + threshold + (data.with_labels ? " --labels …" : "")) + (data.asked ? " --ask-generator" : ""); // all digits: the command answers as the page does
 }
 let waiting = 0;
 const soon = () => { cancelAnimationFrame(waiting); waiting = requestAnimationFrame(draw) };
