@@ -66,12 +66,12 @@ def generator_of(about: dict, # of a model
     name, wanted = prior or about.get("prior"), _specified(about).get("prior", "").split(" of files at ")[0]
     if not name: raise ValueError(
         "ask_generator: the model's config.json does not say which generator taught it; say where it is with --prior.")
-    try: found = load_prior(name, device)
-    except (FileNotFoundError, ValueError) as e:
-        raise ValueError(f"ask_generator: {e} If it lies elsewhere now, say where with --prior.") from None
-    if found.fingerprint == wanted: return found
-    raise ValueError(f"ask_generator: {name} is not the generator that taught this model, or it computes in another precision on this "
-                     "device; say with --prior where that one is, or give --device the one that the model was fitted on.")
+    for dtype in (None, torch.float32, torch.bfloat16, torch.float16): # it may have been another where the model was fitted
+        try: found = load_prior(name, device, dtype)
+        except (FileNotFoundError, ValueError) as e:
+            raise ValueError(f"ask_generator: {e} If it lies elsewhere now, say where with --prior.") from None
+        if found.fingerprint == wanted: return found
+    raise ValueError(f"ask_generator: {name} is not the generator that taught this model; say with --prior where that one is.")
 
 # %% ../../nbs/app/13_asking.ipynb #d8b5000c
 class AskingModel(GetAttr):
@@ -81,7 +81,7 @@ class AskingModel(GetAttr):
     def __init__(self, model: Model, prior: Prior, # the generator that taught it
                  kept: Path | None = None, # folder for what it says, so that a stopped call goes on
                  progress: bool = False): # show a progress bar
-        self.model, self.prior, self.kept, self.progress, self.files = model, prior, kept, progress, {}
+        self.model, self.prior, self.kept, self.progress = model, prior, kept, progress
         self.reading, self.draws, self.template = reading_of(model.about, len(model.classes))
 
     @property
@@ -95,8 +95,8 @@ class AskingModel(GetAttr):
     def of_files(self, images: Tensor, paths: Sequence[Path], options: PhotoOptions) -> None:
         "Take note from which files images come, where the generator wants them larger."
         if self.prior.image_size <= self.model.size: return
-        self.files |= dict(zip(content_ids(images), paths, strict=True))
-        self.options = options
+        if not isinstance(self.prior, SharpPrior): self.prior = SharpPrior(self.prior, images, paths, options)
+        self.prior.file_of |= dict(zip(content_ids(images), paths, strict=True))
 
     def of_labelled(self, known: Sequence[Labelled], options: PhotoOptions) -> None:
         "The same for labelled photographs; those that cannot be read are left out."
@@ -107,12 +107,8 @@ class AskingModel(GetAttr):
     def generators(self, images: Tensor, # uint8 [N, 3, size, size]
                   ) -> Tensor: # float64 [N, K + 1]
         "What the generator says alone, as log-probabilities."
-        prior = self.prior
-        if self.files:
-            prior = SharpPrior(prior, images[:0], [], self.options)
-            prior.file_of = self.files
         prompts = [*map(self.template.format, self.model.classes), ""]
-        return self.reading(image_errors(prior, images, prompts, self.draws, cache=self.kept, progress=self.progress))
+        return self.reading(image_errors(self.prior, images, prompts, self.draws, cache=self.kept, progress=self.progress))
 
     def predict(self, images: Tensor, # uint8 [N, 3, H, W]
                ) -> Tensor: # probabilities of K classes and "other", float64 [N, K + 1], on the CPU

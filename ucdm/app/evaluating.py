@@ -108,7 +108,8 @@ def evaluate(model: Model | Path | str, # a model, or what `Model.load` takes
     labelled = Path(labelled)
     model = model if isinstance(model, Model) else Model.load(model, check_device(device))
     asked = model, labelled, on_error, max_pixels
-    with kept_reading(labelled, model.size, model.fit, model.alpha, max_pixels) as kept:
+    reading = model.size, model.fit, model.alpha, max_pixels
+    with kept_reading(labelled, *reading) as kept, kept_reading(labelled, *reading, "errors", model.weights) as kept_errors:
         images, written, groups, skipped, paths = _of_folder(*asked, kept) if labelled.is_dir() else _of_csv(*asked)
         for name, meant in slips(dict.fromkeys(written), model.classes).items():
             warnings.warn(f"labels: {name!r} is counted as other; if it is meant to be {meant!r}, correct it.")
@@ -117,7 +118,7 @@ def evaluate(model: Model | Path | str, # a model, or what `Model.load` takes
             names = ", ".join(model.classes)
             raise ValueError(f"labelled: no photograph of {names} in {labelled}; check the labels' names.")
         if ask_generator:
-            model = asking(model, prior, device, tell=say if progress else (lambda line: None), progress=progress)
+            model = asking(model, prior, device, kept_errors, say if progress else (lambda line: None), progress)
             model.of_files(images, paths, PhotoOptions(model.size, model.fit, model.alpha, max_pixels))
         probs = model.predict(images)
     if threshold is None and not own_rule: threshold = model.threshold

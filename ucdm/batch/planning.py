@@ -71,9 +71,10 @@ def own_evaluations(r: Resolved, n_seeds: int, # unlabelled images
                     n_test: int, n_known: int) -> dict[tuple, int]: # of what -> evaluations; runs share what has one name
     "Network evaluations of a run beside its pairs: those of a method that asks the generator about images."
     if not _asks_generator(r): return {}
-    if hasattr(r.config, "asked"): return r.config.asked(n_seeds, n_known)
-    of_image = r.config.evaluations(n_known) if hasattr(r.config, "evaluations") else (n_known + 1) * r.config.draws
-    return {("test", r.hash): n_test * of_image}
+    before = r.config.asked(n_seeds, n_known) if hasattr(r.config, "asked") else {}
+    if hasattr(r.config, "evaluations"): of_image = r.config.evaluations(n_known) # of one that is answered
+    else: of_image = 0 if before else (n_known + 1) * r.config.draws
+    return before | ({("test", r.hash): n_test * of_image} if of_image else {})
 
 # %% ../../nbs/batch/10_planning.ipynb #a4013301
 @dataclass(frozen=True)
