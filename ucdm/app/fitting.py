@@ -28,7 +28,6 @@ from .photographs import kept_aside, Photographs, read_photographs, sharp
 from ..core.checked import check_fields
 from ..core.files import atomic_json, canonical, locked, printable
 from ..core.progress import human_time, say
-from ..core.source import source_hash
 from ..core.tensor_files import read_tensors
 from ..data.class_names import check_class_names
 from ..data.image_files import image_files
@@ -38,12 +37,13 @@ from ..diffusion.captions import foreign_words, learnt_classes
 from ..diffusion.prior import load_prior, Prior
 from ..method.batch_norm import affine_frozen, freeze_batch_norm
 from ..method.checkpoint import _check_run, data_fingerprint, restore_optimizer
-from ..method.generate import generate_pairs, MAKES_PAIRS
+from ..method.generate import generate_pairs
 from ..method.pair_store import PairSet
 from ..method.pairs import PairConfig
 from ..method.pseudo_labels import other_driven
 from ..method.train_state import new_state, TrainData, TrainState
 from ..method.training import _check_data, _remedy, _run
+from ..runs.code import pair_code
 
 # %% ../../nbs/app/10_fitting.ipynb #0ea85ab9
 def check_words(prior: Prior, classes: Sequence[str], unknown_words: bool = False) -> None:
@@ -235,7 +235,7 @@ class Job:
 
     @property
     def pairs_folder(self) -> Path: # one for each generator, list of classes, size, and code that makes pairs
-        what = [*(self.spec[k] for k in ("prior", "pairs", "classes")), *[source_hash(MAKES_PAIRS)] * bool(self.spec["pairs"])]
+        what = [*(self.spec[k] for k in ("prior", "pairs", "classes")), *[pair_code(self.s.prior)] * bool(self.spec["pairs"])]
         kind = "pairs" if self.spec["pairs"] else "likelihoods" # a name alone, for whose folder see `said_folder`
         return self.work / f"{kind}-{hashlib.sha256(canonical(what).encode()).hexdigest()[:8]}-{self.s.size}"
 

@@ -111,11 +111,14 @@ def _is_settings(node: ast.stmt) -> bool:
     return "settings" in map(ast.unparse, getattr(node, "decorator_list", []))
 
 
+def _methods(node: ast.ClassDef) -> list[ast.FunctionDef]: # but the checks of its values
+    return [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name != "__post_init__"]
+
+
 def _statements(at: tuple[str, str]) -> list[tuple[str, ast.stmt]]: # module, statement
-    "What makes up a definition: its statements, and the methods added to it; nothing for a class of settings."
+    "What makes up a definition: its statements, and the methods added to it; of a class of settings its methods alone."
     module, name = at
-    own = _module(module).definitions[name]
-    if any(map(_is_settings, own)): return []
+    own = [s for n in _module(module).definitions[name] for s in (_methods(n) if _is_settings(n) else [n])]
     patching = (m for m, text in _sources().items() if "@patch" in text and name in text)
     added = [(m, n) for m in patching for n in _module(m).patches[name] if _find(m, name) == at]
     return [(module, n) for n in own] + added
@@ -290,14 +293,15 @@ def _begin(things: Iterable) -> list[tuple[str, object]]: # name, value
 # %% ../../nbs/core/09_source.ipynb #5e0c0013
 def _own_pieces(name: str, value: FunctionType | type, queue: list) -> set[str]:
     "What a definition outside the package says; what it uses joins the queue."
-    nodes = _written(value)
-    if any(map(_is_settings, nodes)): return set()
+    written = _written(value)
+    nodes = [s for n in written for s in (_methods(n) if _is_settings(n) else [n])]
     queue += [m for node in nodes for m in _mentioned(value, node)]
+    said = {f"{name} {piece}" for node in nodes for piece in _pieces([node])}
+    if any(map(_is_settings, written)): return said
     queue += [m for f in _functions(value) for m in _cells(f)]
     if isinstance(value, type):
         data = {k: v for k, v in vars(value).items() if isinstance(v, (*_DATA, list, tuple, dict)) and k[:2] != "__"}
         queue += [(f"{name}.{k}", v) for k, v in data.items()]
-    said = {f"{name} {piece}" for node in nodes for piece in _pieces([node])}
     if nodes and "<lambda>" not in value.__qualname__: return said # there may be several lambdas in a line
     return said | {f"{name} {_compiled(f.__code__)}" for f in _functions(value)}
 

@@ -224,7 +224,7 @@ def stale_runs(folder: Path, # of a batch's results
     "How many of the committed runs were computed by code that has changed since in what it computes."
     files = [f for h in hashes if (f := folder / "results" / "runs" / f"{h}.json").is_file()]
     runs = [json.loads(f.read_text(encoding="utf-8")) for f in files]
-    kinds = [(r["spec"]["method"], r["spec"].get("problem", MISMATCH)) for r in runs]
+    kinds = [(r["spec"]["method"], r["spec"].get("problem", MISMATCH), r["spec"].get("prior") or "") for r in runs]
     present = {kind: code_hash(*kind) for kind in set(kinds)}
     return sum(r["provenance"].get("code") != present[kind] for r, kind in zip(runs, kinds))
 

@@ -50,7 +50,9 @@ def log_odds(open_probs: Tensor, # probabilities over K + 1 answers [N, K + 1]
             ) -> Tensor: # float64 [N]
     "How much likelier \"other\" is than any known class, as a logarithm."
     p, least = open_probs.double(), torch.finfo(torch.double).tiny
-    return p[:, -1].clamp(min=least).log() - p[:, :-1].sum(1).clamp(min=least).log()
+    other, known = p[:, -1], p[:, :-1].sum(1)
+    other, known = torch.where(known > 0, other, 1.0), torch.where(other > 0, known, 1.0) # beside 0 is 1, however rounded
+    return other.clamp(min=least).log() - known.clamp(min=least).log()
 
 # %% ../../nbs/evaluation/01_metrics.ipynb #3afedf6c
 def auroc_known_vs_other(open_probs: Tensor, # probabilities over K + 1 answers [N, K + 1]
@@ -74,6 +76,15 @@ def tied_pairs(score: Tensor, # of each image [N]
     tied = torch.searchsorted(known, other, right=True) - torch.searchsorted(known, other)
     return 100 * tied.sum().item() / (len(known) * len(other))
 
+# %% ../../nbs/evaluation/01_metrics.ipynb #153c2161
+def _sureness(open_probs: Tensor, # probabilities over K + 1 answers [N, K + 1]
+             ) -> tuple[Tensor, Tensor]: # float64, in the order of the best known class's probability; that class [N]
+    "Minus the logarithm of what is left beside the best known class."
+    p = open_probs.double()
+    q, best = p[:, :-1].max(1)
+    others = p.scatter(1, best[:, None], 0).sum(1).clamp(min=torch.finfo(torch.double).tiny)
+    return -torch.where(q < 1 - 1e-6, 1 - q, others).log(), best
+
 # %% ../../nbs/evaluation/01_metrics.ipynb #153c2164
 def oscr_curve(open_probs: Tensor, # probabilities over K + 1 answers [N, K + 1]
                labels: Tensor, # right answers, K is "other" [N]
@@ -81,7 +92,7 @@ def oscr_curve(open_probs: Tensor, # probabilities over K + 1 answers [N, K + 1]
     """Correct classification rate against false positive rate, at every threshold from above the highest score down
     (Dhamija et al., 2018, *Reducing network agnostophobia*).
     """
-    score, best = open_probs[:, :-1].double().max(1)
+    score, best = _sureness(open_probs)
     other = labels == open_probs.shape[1] - 1
     tau = score.unique().flip(0)[:, None]
     def rate(s): return (s.numel() - torch.searchsorted(s.sort().values, tau[:, 0], side="left")).double()

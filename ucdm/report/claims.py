@@ -200,7 +200,7 @@ def conclude(name: str, # of the notebook
     """
     out, checks = Path(out), corrected(checks)
     unique = list({r.hash: r for r in results}.values())
-    stale = sum(r.provenance.get("code") != code_hash(r.spec.method, r.spec.problem) for r in unique)
+    stale = sum(r.provenance.get("code") != code_hash(r.spec.method, r.spec.problem, r.spec.prior) for r in unique)
     for r in unique:
         source = out / "cache" / "runs" / f"{r.hash}.json"
         target = out / "results" / "runs" / source.name

@@ -6,17 +6,18 @@
 __all__ = ['RunsFailed', 'check_labels', 'run_many', 'NoneFinished', 'finished']
 
 # %% ../../nbs/runs/11_many.ipynb #7992c22a
-import time
+import time, warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
+from ..core.files import CorruptResult
 from ..core.progress import human_time, say
 from .engine import Engine, LocalEngine
 from .identity import resolve, Resolved, spec_hash
 from .pools import cache_folder, run_data
-from .result import RunResult
+from .result import read_result, RunResult
 from .spec import RunSpec
 
 # %% ../../nbs/runs/11_many.ipynb #4b7fd5ff
@@ -100,10 +101,12 @@ class NoneFinished(ValueError): "A table would be empty."
 # %% ../../nbs/runs/11_many.ipynb #2f78c2a8
 def finished(specs: Sequence[RunSpec],
              cache: str | Path | None = None) -> list[RunSpec]: # in the order of `specs`
-    "Those runs whose results are there. NoneFinished if there is none."
+    "Those runs whose results are there; a damaged one is named in a warning and left out. NoneFinished if there is none."
     runs = cache_folder(cache) / "runs"
-    there = [s for s in specs if (runs / f"{spec_hash(s)}.json").exists()]
-    if there: return there
+    def whole(spec):
+        try: return (file := runs / f"{spec_hash(spec)}.json").exists() and bool(read_result(file, spec))
+        except CorruptResult as e: warnings.warn(f"{e}. It is left out.")
+    if there := [s for s in specs if whole(s)]: return there
     raise NoneFinished(
         f"none of these {len(specs)} runs is finished: {runs} holds no result of theirs. Compute some first "
         "(finished_only=False, fewer methods or random seeds)."

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..core.files import canonical, locked
 from ..core.progress import say, watched
-from ..core.source import source_hash
+from .code import pair_code
 from .identity import prior_identity, resolve, Resolved
 from .spec import RunSpec
 
@@ -74,14 +74,13 @@ def pool_folder(r: Resolved, # whose pairs
                 kind: str, # "positive" or "negative"
                 data: RunData, cache: Path) -> Path:
     "Where positives, or negatives, like those of this run are kept."
-    from ucdm.method.generate import MAKES_PAIRS
     decides = dict(
         kind=kind,
         prior=r.prior,
         data=data.train.unlabelled().fingerprint,
         classes=list(data.split.known_names),
         config=r.pairs.deciding(kind),
-        code=source_hash(MAKES_PAIRS),
+        code=pair_code(r.spec.prior),
     )
     if r.pairs.pairing != "aligned": decides["ids"] = data.split.seed_index.tolist()
     return cache / "pairs" / hashlib.sha256(canonical(decides).encode()).hexdigest()[:16]

@@ -6,15 +6,15 @@
 __all__ = ['KEPT', 'run', 'forget']
 
 # %% ../../nbs/runs/09_run.ipynb #50a7d3b2
-import os, sys, time, warnings
+import json, os, sys, time, warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..core.files import clear_partials, CorruptResult, locked
+from ..core.files import ASSETS, atomic_json, clear_partials, CorruptResult, locked
 from ..core.progress import say
 from .code import code_hash
-from .identity import is_packaged, resolve, Resolved
+from .identity import prior_identity, resolve, Resolved
 from .pools import cache_folder, fill_locally, read_pairs, run_data, RunData
 from .provenance import answering, peak_memory_mb, provenance
 from .registry import Evaluation, Task
@@ -57,6 +57,29 @@ def _seed_counts(data: RunData, truth, given: int, evaluation: Evaluation) -> di
         n=len(truth), labelled=given, true=true, classes=[*data.split.known_names, "other"], test=evaluation.test
     )
 
+# %% ../../nbs/runs/09_run.ipynb #9b10a002
+def _begun_file(partial: Path) -> Path: return partial.with_name(f"{partial.name}.begun")
+
+def _begun(partial: Path, # checkpoint of a run, if it has one
+           code: str, # hash of the present code
+           spec: RunSpec) -> dict: # code, seconds
+    "What a checkpoint holds from earlier calls: the code that began it, and the seconds of training."
+    try: said = json.loads(_begun_file(partial).read_text(encoding="utf-8")) if partial.exists() else {}
+    except (OSError, ValueError): said = {} # of an earlier version, or damaged
+    if not said: return dict(code=code, seconds=0.0)
+    if said["code"] != code:
+        warnings.warn(f"{spec} was begun by other code than the present. It goes on, and counts as computed by that code; "
+                      "to compute it anew, ask for it with fresh=True (--fresh).")
+    return dict(code=said["code"], seconds=said["seconds"] + max(0.0, partial.stat().st_mtime - said["since"]))
+
+# %% ../../nbs/runs/09_run.ipynb #9b10a005
+def _judge(r: Resolved) -> str: # name of a packaged reference classifier; "" if there is none
+    from ucdm.data.datasets import HALVES
+    packaged = [f.name for f in (ASSETS / "priors").iterdir() if f.is_dir()]
+    if r.method.uses_prior: return next((name for name in packaged if prior_identity(name) == r.prior), "")
+    whole = HALVES.get(r.spec.dataset, r.spec.dataset)
+    return whole if whole in packaged else ""
+
 # %% ../../nbs/runs/09_run.ipynb #0289714b
 KEPT = ("estimate",) # what a result keeps of an epoch, beside its loss: an estimated class distribution
 
@@ -64,26 +87,30 @@ KEPT = ("estimate",) # what a result keeps of an epoch, beside its loss: an esti
 def _compute(r: Resolved, folder: Path, partial: Path, root, progress: bool, fill: Callable) -> RunResult:
     "A run, from its data to its result."
     spec, clock, where = r.spec, _Clock(), provenance()
-    code = code_hash(spec.method, spec.problem) # now: who edits it meanwhile edits the next run
+    # now: who edits the code meanwhile edits the next run
+    begun = _begun(partial, code_hash(spec.method, spec.problem, spec.prior), spec)
+    def note(): atomic_json(_begun_file(partial), begun | dict(since=time.time()))
     bars = progress and not os.environ.get("UCDM_LOG") and sys.stderr.isatty()
     with clock.part("data"): data = run_data(r, root)
     def pairs():
-        with clock.part("pairs"): return read_pairs(r, data, folder, bars, fill)
+        with clock.part("pairs"): found = read_pairs(r, data, folder, bars, fill)
+        note() # the training begins
+        return found
     labelled, seeds, names = _Handout(r, data), data.split.seeds(data.train), tuple(data.split.known_names)
     task = Task(spec, r.config, seeds, names, pairs, labelled, partial, _reporter(spec, progress), bars, folder)
+    note()
     with clock.part("fit"): fitted = r.method.fit(task)
-    clock.seconds["fit"] = round(clock.seconds["fit"] - clock.seconds.get("pairs", 0), 2)
+    clock.seconds["fit"] = round(clock.seconds["fit"] - clock.seconds.get("pairs", 0) + begun["seconds"], 2)
     with clock.part("evaluate"):
         truth = data.split.true_labels(data.train)
         evaluation = r.problem.evaluate(fitted, data.split, data.test)
         dear = hasattr(fitted, "prior") # it asks the generator for every answer
-        judged = r.problem.validate and is_packaged(spec.prior) and not hasattr(fitted, "judge") # no classifier judges itself
-        if judged and not dear:
-            evaluation.protocols |= r.problem.validate(fitted, data.split, data.train, spec.prior)
+        judge = _judge(r) if r.problem.validate and not hasattr(fitted, "judge") else "" # no classifier judges itself
+        if judge and not dear: evaluation.protocols |= r.problem.validate(fitted, data.split, data.train, judge)
         evaluation.protocols |= getattr(fitted, "own_protocols", {})
     where |= dict(answering=answering(fitted, data.test.images[:4 if dear else 256]))
     where |= dict(
-        code=code,
+        code=begun["code"],
         seconds=clock.seconds,
         peak_memory_mb=peak_memory_mb(),
         data=dict(train=data.train.fingerprint[:16], split=data.split.hash),
@@ -117,17 +144,21 @@ def run(spec: RunSpec,
     path, partial = folder / "runs" / f"{r.hash}.json", folder / "partial" / r.hash
     with locked(folder / "partial" / f"{r.hash}.lock", str(spec)):
         clear_partials(partial)
-        if path.exists(): partial.unlink(missing_ok=True) # killed after its result was written
+        if path.exists(): _forget_begun(partial) # killed after its result was written
         if fresh: forget(r, folder)
         if path.exists():
             try: return read_result(path, spec, root)
             except CorruptResult as e: warnings.warn(f"{e}. It is computed again.")
         result = _compute(r, folder, partial, root, progress, fill)
         write_result(path, result, root)
-        partial.unlink(missing_ok=True)
+        _forget_begun(partial)
         return result
 
 # %% ../../nbs/runs/09_run.ipynb #7c569770
+def _forget_begun(partial: Path) -> None:
+    for old in (partial, _begun_file(partial)): old.unlink(missing_ok=True)
+
 def forget(r: Resolved, folder: Path) -> None:
     "Remove a run's result and what it has begun; pairs stay."
-    for old in (folder / "runs" / f"{r.hash}.json", folder / "partial" / r.hash): old.unlink(missing_ok=True)
+    (folder / "runs" / f"{r.hash}.json").unlink(missing_ok=True)
+    _forget_begun(folder / "partial" / r.hash)
