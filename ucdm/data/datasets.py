@@ -84,13 +84,15 @@ def _subfolders(folder: Path) -> list[Path]:
 
 def _folder_layout(folder: Path, dataset: str, split: str) -> ImageSet | None:
     """train/<class>/ and test/<class>/ (or val/<class>/), also inside of tiny-imagenet-200/; or <class>/ alone, in a
-    folder that holds one split.
+    folder that holds one split: it is given for whichever is asked for.
     """
     bases = (folder, folder / "tiny-imagenet-200")
     inner = [base / s for base in bases for s in SPLIT_NAMES[split] if _subfolders(base / s)]
     if inner: return load_image_folder(inner[0], name=dataset)
+    below, called = _subfolders(folder), {s for names in SPLIT_NAMES.values() for s in names}
+    if any(p.name in called and _subfolders(p) for p in below): return None # the other split is there, this one is not
     known = {*CLASSES[dataset], *TINY_WORDS}
-    alone = any(p.name.replace("_", " ") in known for p in _subfolders(folder))
+    alone = any(p.name.replace("_", " ") in known for p in below)
     return load_image_folder(folder, name=dataset) if alone else None
 
 # %% ../../nbs/data/06_datasets.ipynb #d4b7d17a
