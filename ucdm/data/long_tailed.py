@@ -19,6 +19,7 @@ from torch import Tensor
 from ..core.checked import checked, Count, nearest, settings
 from ..core.randomness import generator
 from .images import class_id, ImageSet
+from .splits import check_two_sets
 
 # %% ../../nbs/data/09_long_tailed.ipynb #5f32825e
 def profile(n_head: int, # images of the most frequent class
@@ -126,7 +127,7 @@ class LongTailSplit:
     given: Tensor                               # bool [N]: whose label is given
     truth: Tensor = field(repr=False)           # int64 [N]: true labels, for evaluation
     test_index: Tensor = field(repr=False)      # int64, into the test images
-    group: Tensor = field(repr=False)           # int64 [classes of the data set]: its label, -1 if it is not used
+    group: Tensor = field(repr=False)           # int64 [classes of the data set, -1]: its label, -1 if not used
     hash: str = ""                              # 16 hexadecimal digits over all of the above and the images
 
     @property
@@ -170,7 +171,7 @@ def _rank_order(c: LongTail, n_classes: int, seed: int) -> tuple[int, ...]: # la
 def _groups(c: LongTail, train: ImageSet) -> tuple[tuple[str, ...], Tensor, list[int | None]]: # names, group, limits
     "The classes of a split, and which class of the data set belongs to which."
     merged = MERGED[c.merge] if c.merge else {name: ((name,), None) for name in train.classes}
-    group = torch.full((len(train.classes),), -1)
+    group = torch.full((len(train.classes) + 1,), -1) # the last one is of images without a label, which is -1
     for k, (members, _) in enumerate(merged.values()):
         for name in members: group[class_id(name, train.classes, train.name)] = k
     return tuple(merged), group, [limit for _, limit in merged.values()]
@@ -200,6 +201,7 @@ def long_tailed_split(train: ImageSet, test: ImageSet, c: LongTail, seed: int = 
                      ) -> LongTailSplit:
     "Draw a long-tailed set. ValueError for what the data cannot supply, with the class."
     checked(n_test, Count | None, "n_test")
+    check_two_sets(train, test)
     names, group, limits = _groups(c, train)
     order = _rank_order(c, len(names), seed)
     label = group[train.labels]

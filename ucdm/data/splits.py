@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'CLASS_SPLITS', 'MISMATCHES', 'ClassSplit', 'consecutive', 'class_split', 'unknown_count',
-           'unlabelled_set_counts', 'CDMSplit', 'check_fit', 'cdm_split', 'labelled_subset']
+           'unlabelled_set_counts', 'CDMSplit', 'check_two_sets', 'check_fit', 'cdm_split', 'labelled_subset']
 
 # %% ../../nbs/data/07_splits.ipynb #80ea6c8e
 import hashlib, json, math
@@ -224,9 +224,9 @@ def _draw_test(test: ImageSet, classes: ClassSplit, seed: int, n_test: int | Non
     drawn = {g: _stream(seed, dataset, str(classes), "test", g).permutation(r)[:size] for g, r in rows.items()}
     return {g: torch.from_numpy(np.sort(r)) for g, r in drawn.items()}
 
-# %% ../../nbs/data/07_splits.ipynb #dd226921
-def check_fit(classes: ClassSplit, train: ImageSet, test: ImageSet) -> None:
-    "ValueError if training and test images do not belong together, or do not have the classes of the split."
+# %% ../../nbs/data/07_splits.ipynb #07a10001
+def check_two_sets(train: ImageSet, test: ImageSet) -> None:
+    "ValueError if training and test images do not belong together: other classes, or the same images."
     if train.classes != test.classes:
         raise ValueError(
             f"training and test images have different classes: {', '.join(train.classes[:10])} and "
@@ -234,6 +234,11 @@ def check_fit(classes: ClassSplit, train: ImageSet, test: ImageSet) -> None:
         )
     if train.fingerprint == test.fingerprint:
         raise ValueError(f"training and test images of {train.name} are the same; give different ones.")
+
+# %% ../../nbs/data/07_splits.ipynb #dd226921
+def check_fit(classes: ClassSplit, train: ImageSet, test: ImageSet) -> None:
+    "ValueError if training and test images do not belong together, or do not have the classes of the split."
+    check_two_sets(train, test)
     if beyond := [c for g in GROUPS for c in getattr(classes, g) if not 0 <= c < len(train.classes)]:
         raise ValueError(
             f"{train.name} has {len(train.classes)} classes, 0 to {len(train.classes) - 1}; the class split "
