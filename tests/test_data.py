@@ -2,9 +2,13 @@
 import gzip
 import json
 import pickle
+import shutil
 import struct
+import threading
+import time
 import urllib.error
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -316,12 +320,39 @@ def test_tiny_download(tmp_path, monkeypatch):
 
 def test_cifar_download_fails(tmp_path, monkeypatch):
     def refuse(*args, **kwargs): raise urllib.error.URLError("no route to host")
-    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", refuse)
+    monkeypatch.setattr(torchvision.datasets.utils, "download_and_extract_archive", refuse)
     with pytest.raises(
         FileNotFoundError, match="cifar100 could not be downloaded.*no route to host.*Give a local copy as root"
     ):
         load_dataset("cifar100")
     assert not (tmp_path / "data" / "cifar100").exists()
+
+
+def test_two_processes_download(tmp_path, monkeypatch):
+    "One downloads, the other waits for it: it never sees what is half unpacked. A copy that is there needs no lock."
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *args: True)
+    write_cifar(tmp_path / "source", [3, 9])
+    begun, calls = threading.Event(), []
+    def fetch(url, root, unpack_to, filename, md5):
+        calls.append((url, filename, md5))
+        half = Path(unpack_to) / "cifar-10-batches-py"
+        half.mkdir()
+        (half / "data_batch_1").write_bytes(b"half")
+        begun.set()
+        time.sleep(0.5) # the other one looks for images
+        shutil.copytree(tmp_path / "source", unpack_to, dirs_exist_ok=True)
+    monkeypatch.setattr(torchvision.datasets.utils, "download_and_extract_archive", fetch)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(load_dataset, "cifar10", "train")
+        begun.wait(10)
+        second = pool.submit(load_dataset, "cifar10", "test")
+        assert first.result().labels.tolist() == [3, 9] * 5 and second.result().labels.tolist() == [3, 9]
+    kind = torchvision.datasets.CIFAR10
+    assert calls == [(kind.url, kind.filename, kind.tgz_md5)]
+    assert [p.name for p in (tmp_path / "data" / "cifar10").iterdir()] == ["cifar-10-batches-py"]
+    def refuse(*args): raise AssertionError("took a lock to read")
+    monkeypatch.setattr(datasets, "locked", refuse)
+    assert len(load_dataset("cifar10")) == 10
 
 
 # names, splits, roots

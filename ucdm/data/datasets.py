@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core.checked import checked, nearest
-from ..core.files import ASSETS
+from ..core.files import ASSETS, locked
 from .class_names import CLASSES, match_classes, TINY_WORDS
 from .embedded import data_root
 from .folder import load_image_folder
@@ -118,11 +118,13 @@ def download_dataset(dataset: str, # "cifar10", "cifar100" or "tiny-imagenet"
     from torchvision.datasets import utils
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        if dataset in CIFAR: _cifar(dataset)(folder, download=True)
-        else:
-            with tempfile.TemporaryDirectory(dir=folder) as tmp:
-                utils.download_and_extract_archive(TINY_URL, tmp, md5=TINY_MD5)
-                (Path(tmp) / "tiny-imagenet-200").rename(folder / "tiny-imagenet-200")
+        with tempfile.TemporaryDirectory(dir=folder) as tmp:
+            if dataset in CIFAR:
+                kind = _cifar(dataset)
+                utils.download_and_extract_archive(kind.url, folder, tmp, kind.filename, kind.tgz_md5)
+            else: utils.download_and_extract_archive(TINY_URL, tmp, md5=TINY_MD5)
+            unpacked = kind.base_folder if dataset in CIFAR else "tiny-imagenet-200"
+            (Path(tmp) / unpacked).rename(folder / unpacked)
     except (OSError, RuntimeError) as e:
         if not any(folder.iterdir()): folder.rmdir() # so that it does not look like a local copy
         raise FileNotFoundError(
@@ -174,6 +176,16 @@ def read_dataset(name: str, # a key of CLASSES
     found = _local_copy(folder, name, split)
     return None if found is None else match_classes(found, name)
 
+# %% ../../nbs/data/06_datasets.ipynb #06a30002
+def _downloaded(name: str, split: str, folder: Path) -> ImageSet | None:
+    "The images of a folder that had none a moment ago."
+    with locked(folder.with_name(f".{name}.lock"), f"the download of {name}"):
+        found = read_dataset(name, split, folder) # another process was first
+        if found is None:
+            download_dataset(name, folder)
+            found = read_dataset(name, split, folder)
+    return found
+
 # %% ../../nbs/data/06_datasets.ipynb #93ba1eef
 def load_dataset(name: str, # a key of CLASSES
                  split: str = "train", # or "test"
@@ -194,9 +206,7 @@ def load_dataset(name: str, # a key of CLASSES
     if root and not Path(root).is_dir(): raise FileNotFoundError(f"there is no folder {root}; check root.")
     folder = Path(root) if root else ASSETS / "fashion_mnist" if name == "fashion-mnist" else data_root() / name
     found = read_dataset(name, split, folder)
-    if found is None and download and not root:
-        download_dataset(name, folder)
-        found = read_dataset(name, split, folder)
+    if found is None and download and not root: found = _downloaded(name, split, folder)
     if found is None:
         instead = f"Set UCDM_DATA to a folder that holds {name}/, give a root, or allow the download."
         raise FileNotFoundError(
