@@ -57,7 +57,9 @@ FASHION_MNIST = About(
 
 # %% ../../nbs/diffusion/08_prior_card.ipynb #c5df6d62
 def _measures(numbers: dict) -> str:
-    return "| measure | value |\n|---|---|\n" + "\n".join(f"| {k} | {v:.3g} |" for k, v in numbers.items())
+    "A table of what was measured; what could not be is null in JSON, and left out."
+    rows = [f"| {k} | {v:.3g} |" for k, v in numbers.items() if v is not None]
+    return "\n".join(["| measure | value |", "|---|---|", *rows])
 
 # %% ../../nbs/diffusion/08_prior_card.ipynb #4d841181
 def _fractions(record: dict) -> str:

@@ -6,7 +6,7 @@
 __all__ = ['PACKAGED_JUDGES', 'Judge', 'load_judge', 'train_judge', 'PairQuality', 'pair_quality']
 
 # %% ../../nbs/evaluation/02_judge.ipynb #aae43460
-import json
+import json, math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,7 +116,7 @@ _OF = dict(
 # %% ../../nbs/evaluation/02_judge.ipynb #3bb0d3f3
 @dataclass(frozen=True)
 class PairQuality:
-    "What a judge sees in a pair set, as fractions in [0, 1]; `by_class` has one row a known class."
+    "What a judge sees in a pair set, as fractions in [0, 1], nan of none; `by_class` has one row a known class."
     positives_as_asked: float
     matching_before: float    # mean judged probability of the class in its own seed images
     matching_after: float     # ... and in their negatives
@@ -141,7 +141,7 @@ def pair_quality(pairs: PairSet, seeds: ImageSet, # the labelled seed images, in
     ]
     sums = pd.DataFrame(rows, index=pd.Index(pairs.classes, name="class"))
     total = sums.sum()
-    fractions = lambda s: {name: s[name] / max(s[of], 1) for name, of in _OF.items()}
+    fractions = lambda s: {name: s[name] / s[of] if s[of] else math.nan for name, of in _OF.items()}
     of_class = lambda s: pd.Series({"positives_as_asked": s["positives_as_asked"] / n, **fractions(s)})
     return PairQuality(
         positives_as_asked=total["positives_as_asked"] / (n * len(pairs.classes)),
