@@ -14,11 +14,12 @@ import typer
 from torch import Tensor
 
 from ..core.files import write_atomic
+from ..core.randomness import generator
 from ..data.datasets import load_dataset
 from ..data.images import ImageSet
 from ..diffusion.cifar10_prior import ROOT, training_images
 from ..diffusion.prior import load_prior, Prior, sample_images
-from .judge import Judge, load_judge, train_judge
+from .judge import Judge, known_labels, load_judge, train_judge
 from ..method.two_head_wideresnet import normalise
 
 # %% ../../nbs/evaluation/04_generator_quality.ipynb #792db34e
@@ -53,14 +54,32 @@ def reconstruct(prior: Prior, images: Tensor, # uint8 [N, 3, H, W]
     "Through the autoencoder and back."
     return torch.cat([prior.decode(prior.encode(b), images.shape[-1]) for b in images.split(200)])
 
+# %% ../../nbs/evaluation/04_generator_quality.ipynb #04a50003
+def _shuffled(images: ImageSet, purpose: str) -> ImageSet:
+    "The same images in an order by lot, which is the same each time."
+    return images[torch.randperm(len(images), generator=generator(0, purpose))]
+
+
+def _halves(held_out: ImageSet) -> tuple[ImageSet, ImageSet]: # to reconstruct, at most 2,000; to compare with
+    "Two parts without a common image. ValueError for fewer than four images."
+    if len(held_out) < 4: raise ValueError(f"{len(held_out)} held-out images are too few to compare; give 4 or more.")
+    n = min(2000, len(held_out) // 2)
+    return held_out[torch.arange(n)], held_out[torch.arange(n, len(held_out))]
+
 # %% ../../nbs/evaluation/04_generator_quality.ipynb #6ef4a826
 def measure_generator(prior: Prior, judge: Judge, # of the classes to sample
                       held_out: ImageSet, # labelled images that neither has seen
                       train: ImageSet | None = None, # the prior's own training images, for a distance to compare with
                       n: int = 50, # samples of each class
                       guidances: tuple[float, ...] = (1.0, 3.0), steps: int = 20) -> dict[str, float]: # name -> value
-    "Reconstructions, samples and their distance to held-out images, as a model card shows them."
-    images, labels = held_out.images[:2000], held_out.labels[:2000]
+    """Reconstructions, samples and their distance to held-out images, as a model card shows them.
+
+    ValueError for a held-out image without a label or of a class that the judge does not know, and for too few of them.
+    """
+    known_labels(held_out, judge.classes)
+    held_out = _shuffled(held_out, "held out")
+    seen, others = _halves(held_out)
+    images, labels = seen.images, known_labels(seen, judge.classes)
     percent = lambda x, classes: 100 * (judge.probs(x).argmax(-1) == classes).float().mean().item()
     kid = lambda a, b: 1000 * kernel_distance(a, b, judge)
     again = reconstruct(prior, images)
@@ -75,9 +94,10 @@ def measure_generator(prior: Prior, judge: Judge, # of the classes to sample
         samples = torch.cat([sample_images(prior, (c,), n, g, steps, seed=i) for i, c in enumerate(judge.classes)])
         numbers[f"samples judged as asked, guidance {g:g} (%)"] = percent(samples, asked)
         numbers[f"1000 x KID of samples, guidance {g:g}"] = kid(samples, held_out.images)
-    others = held_out.images[2000:] if len(held_out) > 2500 else images
-    numbers["1000 x KID of reconstructions"] = kid(again, others)
-    if train is not None: numbers["1000 x KID of training images"] = kid(train.images[:5000], held_out.images)
+    numbers["1000 x KID of reconstructions"] = kid(again, others.images)
+    if train is not None:
+        some = _shuffled(train, "train").images[:5000]
+        numbers["1000 x KID of training images"] = kid(some, held_out.images)
     return numbers
 
 # %% ../../nbs/evaluation/04_generator_quality.ipynb #dbff5dea
