@@ -102,7 +102,7 @@ def near_pairs(small: Tensor | np.ndarray, # uint8 [N, 3, 32, 32]
 @dataclass
 class Duplicates:
     "Groups of names."
-    exact: list[tuple[str, ...]] = field(default_factory=list) # the same pixels once they are decoded
+    exact: list[tuple[str, ...]] = field(default_factory=list) # of one id
     near: list[tuple[str, ...]] = field(default_factory=list) # alike to the eye: rescaled, compressed anew, brightened
 
     @property

@@ -227,8 +227,9 @@ class FolderImages:
 
     @cached_property
     def duplicates(self) -> Duplicates:
-        "Exact and near copies, by name."
-        return find_duplicates(self.names, self.ids, self.small)
+        "Exact and near copies, by name. Exact ones have one size, one square and one small picture of the whole."
+        whole = zip(self.ids, content_ids(self.small), map(tuple, self.sizes.tolist()))
+        return find_duplicates(self.names, [*whole], self.small)
 
 # %% ../../nbs/data/13_own_folder.ipynb #1d0f0018
 def _refusal(found: FoundFiles, skipped: Sequence[Skipped], some_left: bool) -> str:
