@@ -7,7 +7,7 @@ __all__ = ['NO_LOCKS', 'PACKAGE', 'ASSETS', 'write_atomic', 'clear_partials', 'c
            'checked_json', 'Unusable', 'NoLocks', 'locked', 'check_one_writer', 'printable']
 
 # %% ../../nbs/core/01_files.ipynb #0890a026
-import errno, hashlib, json, math, os, platform, shutil, unicodedata, uuid
+import errno, glob, hashlib, json, math, os, platform, shutil, unicodedata, uuid
 from contextlib import contextmanager, suppress
 from importlib.resources import files
 from pathlib import Path
@@ -65,7 +65,7 @@ def _first(partial: Path, path: Path) -> None:
 # %% ../../nbs/core/01_files.ipynb #6f0a1103
 def clear_partials(path: Path) -> None:
     "Remove what killed writers of a file left behind. Only its one writer may do so."
-    for old in path.parent.glob(f"{path.name}.*.partial"): old.unlink(missing_ok=True)
+    for old in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 8}.partial"): old.unlink(missing_ok=True)
 
 # %% ../../nbs/core/01_files.ipynb #96125055
 def canonical(value) -> str: # JSON
@@ -102,8 +102,9 @@ def checked_json(path: str | Path) -> dict:
     try: content = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as e: raise CorruptResult(f"{path} is not whole JSON ({e})") from None
     stated = content.pop("checksum", None) if isinstance(content, dict) else None
-    if stated != hashlib.sha256(canonical(content).encode()).hexdigest():
-        raise CorruptResult(f"{path} was altered since it was written: its checksum does not fit")
+    try: fits = stated == hashlib.sha256(canonical(content).encode()).hexdigest()
+    except TypeError: fits = False # NaN or infinity, which `atomic_json` does not write
+    if not fits: raise CorruptResult(f"{path} was altered since it was written: its checksum does not fit")
     return content
 
 # %% ../../nbs/core/01_files.ipynb #2811a002

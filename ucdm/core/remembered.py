@@ -18,7 +18,7 @@ def signature(folder: Path | str) -> str: # 64 hexadecimal digits
     h = hashlib.sha256()
     for file in sorted(f for f in Path(folder).resolve().rglob("*") if f.is_file()):
         state = file.stat()
-        h.update(f"{file} {state.st_size} {state.st_mtime_ns}\n".encode())
+        h.update(os.fsencode(f"{file} {state.st_size} {state.st_mtime_ns}\n")) # a name may be no UTF-8
     return h.hexdigest()
 
 # %% ../../nbs/core/08_remembered.ipynb #4e3e0010

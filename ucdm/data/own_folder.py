@@ -255,7 +255,7 @@ def read_folder(folder: Path | str,
     """Every image of a folder and of the folders below, upright, RGB, as squares.
 
     FileNotFoundError for a missing folder or one without images; ValueError for images that cannot be read, by name
-    and with the reason, and if none can be read; ValueError or TypeError for settings that cannot be.
+    and with the reason, if none can be read or all are ignored, and for settings that cannot be; TypeError likewise.
     """
     options = PhotoOptions(size, fit, alpha, max_pixels, draft_side)
     checked(on_error, Literal["stop", "skip"], "on_error")
@@ -264,6 +264,8 @@ def read_folder(folder: Path | str,
     out = {*ignored([*map(found.name, found.images), *found.unreadable])} if ignored else set()
     found = replace(found, images=[p for p in found.images if found.name(p) not in out],
                     unreadable={name: why for name, why in found.unreadable.items() if name not in out})
+    if not found.images and not found.unreadable:
+        raise ValueError(f"all {len(out):,} images of {printable(found.folder)} are ignored; take some off the list.")
     decoded = _decode(found.images, options, kept)
     skipped = [Skipped(*entry) for entry in sorted(found.unreadable.items())]
     skipped += [Skipped(found.name(found.images[i]), why) for i, why in sorted(decoded.bad.items())]

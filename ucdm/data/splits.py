@@ -7,7 +7,7 @@ __all__ = ['GROUPS', 'CLASS_SPLITS', 'MISMATCHES', 'ClassSplit', 'consecutive', 
            'unlabelled_set_counts', 'CDMSplit', 'check_two_sets', 'check_fit', 'cdm_split', 'labelled_subset']
 
 # %% ../../nbs/data/07_splits.ipynb #80ea6c8e
-import hashlib, json, math
+import hashlib, json, math, operator
 from dataclasses import asdict, dataclass, field
 from typing import Annotated
 
@@ -33,7 +33,7 @@ class ClassSplit:
     new: tuple[int, ...] = ()
 
     def __post_init__(self):
-        for g in GROUPS: object.__setattr__(self, g, tuple(getattr(self, g)))
+        for g in GROUPS: object.__setattr__(self, g, tuple(map(operator.index, getattr(self, g))))
         if not self.known: raise ValueError("a class split needs at least one known class.")
         for i, a in enumerate(GROUPS):
             ids = getattr(self, a)
@@ -286,8 +286,9 @@ def labelled_subset(split: CDMSplit, train: ImageSet, per_class: int = 40, # lab
                    ) -> tuple[Tensor, Tensor]: # int64 into the training images: labelled, unlabelled
     """Divide the unlabelled set for a semi-supervised method.
 
-    ValueError if a known class has fewer than `per_class` seed images.
+    ValueError if a known class has fewer than `per_class` seed images, or for less than none.
     """
+    checked(per_class, Annotated[int, Ge(0)], "per_class")
     truth = split.true_labels(train).numpy()
     rng = _stream(split.seed, split.dataset, str(split.class_split), "labels")
     chosen = [rng.permutation(np.flatnonzero(truth == k)) for k in range(split.n_known)]
