@@ -10,7 +10,7 @@ import ast, io, re, tokenize
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..core.checked import nearest
+from ..core.checked import all_different, nearest
 from ..core.files import canonical
 
 # %% ../../nbs/batch/01_parameters.ipynb #e1c836b1
@@ -95,8 +95,8 @@ def read_parameters(source: str, # the code of a parameters cell
 # %% ../../nbs/batch/01_parameters.ipynb #537cfecb
 def check_parameters(history: Sequence[str] | None = None, # the cells that ran so far; None asks the kernel
                     ) -> None:
-    """ValueError for a parameter that this notebook does not have, TypeError for a value of the wrong type, if
-    papermill handed one in.
+    """ValueError for a parameter that this notebook does not have and a random seed given twice, TypeError for a value of
+    the wrong type, if papermill handed one in.
 
     Without papermill there is nothing to check.
     """
@@ -110,3 +110,4 @@ def check_parameters(history: Sequence[str] | None = None, # the cells that ran 
         name, value = node.targets[0].id, ast.literal_eval(node.value)
         if name not in known: raise ValueError(nearest(name, known, "parameter"))
         if not known[name].accepts(value): raise TypeError(f"{name}={value!r} must be {known[name].expects}.")
+        if name == "run_seeds": all_different(value, name)

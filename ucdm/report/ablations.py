@@ -16,7 +16,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from ..core.checked import nearest
+from ..core.checked import all_different, nearest
 from .claims import Check, compared, Difference, difference
 from .intervals import covers, draw_interval, mean_text, PLUS_MINUS, spread
 from .style import legend_above, METRIC_LABELS
@@ -44,9 +44,10 @@ def run_variants(base: RunSpec, variants: Mapping[str, Mapping], # name -> overr
                 ) -> dict[str, list[RunResult]]: # name -> a result a random seed
     """Run every variant with every random seed.
 
-    RunsFailed, after all were tried, if some could not be computed; ValueError for a variant without a finished run, if
-    nothing is to be computed.
+    RunsFailed, after all were tried, if some could not be computed; ValueError for a random seed given twice, and for a
+    variant without a finished run, if nothing is to be computed.
     """
+    run_seeds = all_different(run_seeds, "run_seeds")
     specs = {name: [replace(vary(base, overrides), seed=s) for s in run_seeds] for name, overrides in variants.items()}
     if finished_only:
         there = finished(sum(specs.values(), []), cache)

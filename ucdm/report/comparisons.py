@@ -12,6 +12,7 @@ from dataclasses import fields, replace
 
 import pandas as pd
 
+from ..core.checked import all_different
 from ..data.splits import class_split
 from .intervals import covers, mean_interval, mean_text, PLUS_MINUS, RULES, spread
 from .style import METHOD_LABELS, METRIC_LABELS
@@ -53,8 +54,10 @@ def method_specs(
 ) -> tuple[list[RunSpec], dict[str, str]]: # the runs, and the methods left out with the reason
     """All runs of a comparison.
 
-    ValueError for the settings of a method that does not exist, or settings that no method has.
+    ValueError for the settings of a method that does not exist, settings that no method has, and a method, a random seed
+    or another value given twice.
     """
+    methods = all_different(methods, "methods")
     for name in settings:
         if name != "baselines": get_method(name)
     shared, used = settings.get("baselines", {}), set()

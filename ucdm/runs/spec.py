@@ -14,7 +14,7 @@ from typing import Annotated
 from annotated_types import Interval
 from pydantic import StringConstraints
 
-from ..core.checked import check_fields, Count, nearest, Seed, settings
+from ..core.checked import all_different, check_fields, Count, nearest, Seed, settings
 from ..core.files import canonical
 from ..method.differences import Differences
 
@@ -87,12 +87,12 @@ def describe(spec: RunSpec) -> str:
 def grid(base: RunSpec, # what all have in common
          **axes: Sequence, # field of RunSpec -> its values
         ) -> list[RunSpec]: # the last axis varies fastest
-    "All combinations. ValueError for a name that is no field, TypeError for values that are no list."
+    "All combinations. ValueError for a name that is no field or a value given twice, TypeError for values that are no list."
     specs, known = [base], {f.name for f in fields(RunSpec)}
     for name, values in axes.items():
         if name not in known: raise ValueError(f"grid: {nearest(name, known, 'field')}")
         if isinstance(values, (str, Mapping)) or not isinstance(values, Iterable):
             raise TypeError(f"grid: {name} must be a list of values, got {values!r}; write {name}=[{values!r}].")
-        values = list(values)
+        values = all_different(values, f"grid: {name}") # one run given twice is no second run
         specs = [replace(s, **{name: v}) for s in specs for v in values]
     return specs
