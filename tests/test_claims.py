@@ -1,9 +1,11 @@
 """What experiments say of made-up numbers: the cells that decide about a part of a claim, run by themselves."""
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 
 from ucdm.report import ablations, claims
 
@@ -29,3 +31,33 @@ def test_the_chosen_setting_is_not_compared_with_itself(best, n, outcome, p):
     behind = cells("beyond/settings_without_labels", "def behind", chosen="a", best=best, test=test, results=test)["behind"]
     part = behind()
     assert (part.outcome, part.p, part.central) == (outcome, p, True)
+
+
+@pytest.mark.parametrize("right, outcome", [(99, claims.HINT), (60, claims.OPEN)])
+def test_one_training_is_a_hint_at_most(right, outcome):
+    "However many labels there are: another training has another fraction of right ones."
+    reliable = cells("paper/figure_11_pseudo_labels", "def percent")["reliable"]
+    counts = lambda *selected: pd.DataFrame(dict(answer=["shirt", "other"], selected=selected, correct=[0, right]))
+    part = reliable(0.6, counts(0, 100))
+    assert (part.outcome, part.evidence) == (outcome, f"labelled rightly: {right} of 100, {right}.0% (one training).")
+    assert reliable(0.6, counts(0, 0)).outcome is None
+    assert reliable(0.6, pd.DataFrame(dict(answer=["shirt"], selected=[19], correct=[19]))).outcome is None
+
+
+class Sure:
+    "A judge that reads the class off the first pixel."
+    classes = ("shirt", "shoe")
+    def probs(self, images): return torch.eye(2)[images.long()]
+
+
+def test_positives_of_one_image_count_once():
+    "Twenty-two images with twenty positives each, alike within an image: three images that are wrong show nothing."
+    right = torch.ones(22)
+    right[:3] = 0
+    positives = torch.stack([1 - right] * 10 + [right] * 10, 1) # asked: ten shirts, ten shoes
+    made = {0: SimpleNamespace(positives=positives, classes=["shirt"] * 10 + ["shoe"] * 10)}
+    names = cells("beyond/pair_quality", "def shown_as_asked", made=made, the_judge=Sure(), torch=torch)
+    values = names["shown_as_asked"](0)
+    assert values.tolist() == [0.0] * 3 + [100.0] * 19
+    assert names["over_images"]("", claims.difference(values, 90), "", False).outcome == claims.OPEN
+    assert claims.of_counts(380, 440, 0.9)[0] == claims.FAILS # each positive counted
