@@ -3,6 +3,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -61,3 +62,30 @@ def test_positives_of_one_image_count_once():
     assert values.tolist() == [0.0] * 3 + [100.0] * 19
     assert names["over_images"]("", claims.difference(values, 90), "", False).outcome == claims.OPEN
     assert claims.of_counts(380, 440, 0.9)[0] == claims.FAILS # each positive counted
+
+
+def second_best(draws, runs, rivals):
+    "Table 1's central part, of made-up accuracies: draws(proportion) has a row a method, UCDM first."
+    values = {}
+    names = cells("paper/table_01_closed_set", "def among_two", results=[])
+    names["of_method"] = lambda method, d, p: values[method, p]
+    for p in (0.2, 0.6):
+        for m, row in zip(("ucdm", *range(rivals)), draws(p)): values[m, p] = pd.Series(row[:runs])
+    return names["at_two_places"]("", [names["among_two"]("d", p, range(rivals)) for p in (0.2, 0.6)], "")
+
+
+def test_second_best_by_chance():
+    "Of rows that are all equally good none is shown to be second best, and hardly one not to be."
+    rng = np.random.default_rng(0)
+    found = pd.Series([second_best(lambda p: rng.normal(85, 2, (14, 3)), 3, 13).outcome for _ in range(100)])
+    assert (found == claims.OPEN).mean() >= 0.97
+
+
+@pytest.mark.parametrize("ahead, runs, outcome", [(0, 3, claims.HOLDS), (1, 3, claims.HOLDS), (2, 3, claims.FAILS),
+                                                  (13, 3, claims.FAILS), (1, 2, claims.OPEN)])
+def test_second_best_where_it_is_clear(ahead, runs, outcome):
+    "Rows that are far ahead or far behind; two runs show nothing."
+    rng = np.random.default_rng(1)
+    far = np.array([0.0] + [40.0] * ahead + [-40.0] * (13 - ahead))[:, None]
+    part = second_best(lambda p: far + rng.normal(0, 0.5, (14, 3)), runs, 13)
+    assert part.outcome == outcome and 0 <= part.p <= 1 and 0 <= part.refuted <= 1
