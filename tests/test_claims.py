@@ -1,5 +1,7 @@
 """What experiments say of made-up numbers: the cells that decide about a part of a claim, run by themselves."""
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -89,3 +91,53 @@ def test_second_best_where_it_is_clear(ahead, runs, outcome):
     far = np.array([0.0] + [40.0] * ahead + [-40.0] * (13 - ahead))[:, None]
     part = second_best(lambda p: far + rng.normal(0, 0.5, (14, 3)), runs, 13)
     assert part.outcome == outcome and 0 <= part.p <= 1 and 0 <= part.refuted <= 1
+
+
+def goals(left, kept): return [claims.difference(pd.Series(x), 0.0) for x in (left, kept)]
+
+
+@pytest.mark.parametrize("notebook", ["beyond/pair_quality", "beyond/erasure_study"])
+def test_some_setting_of_many(notebook):
+    "A hint of one setting is none among many; what one goal alone refutes is refuted, though the other has few images."
+    spread = np.linspace(-10, 10, 40)
+    unsure, fails, few = goals(spread + 1.2, spread + 20), goals(spread - 20, spread), goals(spread - 20, spread[:5])
+    row = pd.DataFrame([dict(setting="a", left=0.1, kept=0.2)])
+    names = dict(rows=row, trained=row, n_showing=40, n_others=40, chosen_setting="a", best=row.iloc[0],
+                 room=lambda rooms: rooms, LEAST_COUNT=20)
+    outcome = lambda rooms: cells(notebook, "too_few =", rooms=rooms, sweep_specs=rooms, **names)["some_setting"].outcome
+    assert [outcome(r) for r in ([unsure], [unsure] * 6, [fails, few], [unsure, fails])] == [
+        claims.HINT, claims.OPEN, claims.FAILS, claims.OPEN]
+    assert outcome([goals(spread[:5], spread)]) is None
+
+
+def test_what_limits_compares_by_shared_runs():
+    "A mix that looks best by runs that UCDM lacks is not picked, and a lead of the best of many is no hint by itself."
+    scores = {"UCDM": {0: 50.0, 1: 52.0, 2: 54.0}, "positives real": {0: 49.0, 1: 51.0, 2: 53.0, 3: 99.0, 4: 99.0},
+              "negatives real": {0: 52.0, 1: 53.0, 2: 57.0}, **{f"UCDM, {k}": {0: 50.0, 1: 53.0, 2: 55.5} for k in range(8)}}
+    frame = pd.DataFrame([dict(variant=v, seed=s, metric="balance", value=x) for v, of in scores.items() for s, x in of.items()])
+    others = [v for v in scores if v.startswith("UCDM, ")]
+    columns = ("positives as asked", "class left in negatives", "new classes in negatives")
+    names = dict(frame=frame, ours="UCDM", both="negatives real", mixes=dict.fromkeys(list(scores)[:3]), overrides=scores, math=math,
+                 replace=replace, of_generator=others, other=others, qualities=pd.DataFrame(0.0, index=list(scores), columns=columns))
+    names = cells("beyond/what_limits", "def score(name)", "tried = {name", **names)
+    assert names["best"] == "negatives real" and "UCDM 52.0; negatives real: +2.0" in names["checks"][3].evidence
+    assert "positives real 51.0, UCDM 52.0" in names["checks"][1].evidence and "2 runs without a counterpart" in names["checks"][1].evidence
+    alone = claims.difference(pd.Series([0.0, 1.0, 1.5]), 0.0)
+    assert alone.outcome == claims.HINT and names["checks"][4].outcome == claims.OPEN
+    assert names["checks"][4].p == min(1, 8 * alone.p) and names["checks"][4].refuted == pytest.approx(alone.lag)
+
+
+def test_fewer_steps_are_several():
+    "That some smaller number of steps suffices is no hint where the best of six leads by a little."
+    cell = "enough = [compared"
+    steps = [5, 8, 10, 12, 15, 20]
+    values = {5: (57.0, 58.0, 58.5), 20: (60.0, 60.0, 60.0)} # 3 points are allowed
+    frame = pd.DataFrame([dict(variant=f"{n:,} seeds, {s} steps", seed=r, metric="balance", value=x)
+                          for n in (10, 20) for s in steps for r, x in enumerate(values.get(s, (57.5, 56.5, 57.0)))])
+    grid = pd.DataFrame([dict(seeds=n, steps=s, evaluations=n * s, balance=60.0) for n in (10, 20) for s in steps])
+    names = cells("beyond/cost_and_benefit", "def label(n, s)", results=None, run_variants=lambda *_, **__: {}, counts=[10, 20],
+                  steps=steps, n_seeds=None, N=20, base=None, run_seeds=[0], out="", engine=None, epochs=lambda n: 1)
+    names = cells("beyond/cost_and_benefit", cell, **names | dict(frame=frame, grid=grid, tolerance=3.0))
+    part = claims.some("", names["enough"], "")
+    assert len(names["enough"]) == 5 and claims.HINT in {c.outcome for c in names["enough"]}
+    assert part.outcome == claims.OPEN and part.refuted == max(c.refuted for c in names["enough"])

@@ -217,10 +217,13 @@ def curve_figure(frame: pd.DataFrame, x: Mapping[str, float], # variant -> posit
 def better(
     frame: pd.DataFrame, a: str, b: str, metric: str = "balance"
 ) -> tuple[Difference, str]: # how much better a is than b, and the numbers
-    "Compare two variants, run by run."
+    "Compare two variants, run by run; the numbers are those of the random seeds that both have."
     values = [frame[(frame.variant == v) & (frame.metric == metric)].set_index("seed").value for v in (a, b)]
-    lead = difference(*values)
-    return lead, ", ".join(f"{v} {spread(x.tolist())[0]:.1f}" for v, x in zip((a, b), values)) + f" ({lead})"
+    shared = pd.concat(values, axis=1, join="inner", keys=(0, 1)).dropna()
+    lead, left_out = difference(shared[0], shared[1]), sum(map(len, values)) - 2 * len(shared)
+    if not lead.n: return lead, f"{a} and {b} have no random seed in common"
+    told = f"{lead}; {left_out} run{'s' * (left_out > 1)} without a counterpart left out" if left_out else str(lead)
+    return lead, ", ".join(f"{v} {shared[i].mean():.1f}" for i, v in enumerate((a, b))) + f" ({told})"
 
 # %% ../../nbs/report/08_ablations.ipynb #f223725d
 def better_check(frame: pd.DataFrame, a: str, b: str, claim: str, metric: str = "balance", central: bool = False) -> Check:
