@@ -10,7 +10,10 @@ import pandas as pd
 import pytest
 import torch
 
-from ucdm.report import ablations, claims
+from ucdm.report import ablations, claims, comparisons
+from ucdm.report import style as labels
+from ucdm.runs.result import RunResult
+from ucdm.runs.spec import RunSpec
 
 EXPERIMENTS = Path(__file__).parent.parent / "nbs" / "experiments"
 
@@ -59,10 +62,12 @@ def test_positives_of_one_image_count_once():
     right[:3] = 0
     positives = torch.stack([1 - right] * 10 + [right] * 10, 1) # asked: ten shirts, ten shoes
     made = {0: SimpleNamespace(positives=positives, classes=["shirt"] * 10 + ["shoe"] * 10)}
-    names = cells("beyond/pair_quality", "def shown_as_asked", made=made, the_judge=Sure(), torch=torch)
+    names = cells("beyond/pair_quality", "def shown_as_asked", "def of_positives", made=made, the_judge=Sure(), torch=torch)
     values = names["shown_as_asked"](0)
     assert values.tolist() == [0.0] * 3 + [100.0] * 19
-    assert names["over_images"]("", claims.difference(values, 90), "", False).outcome == claims.OPEN
+    assert names["of_positives"](values, 440).outcome == claims.OPEN
+    all_right = lambda n: names["of_positives"](pd.Series([100.0] * n), 20 * n).outcome
+    assert [all_right(n) for n in (19, 20, 40)] == [None, claims.HINT, claims.HOLDS] # a tenth could be wrong and not among 20
     assert claims.of_counts(380, 440, 0.9)[0] == claims.FAILS # each positive counted
 
 
@@ -141,3 +146,21 @@ def test_fewer_steps_are_several():
     part = claims.some("", names["enough"], "")
     assert len(names["enough"]) == 5 and claims.HINT in {c.outcome for c in names["enough"]}
     assert part.outcome == claims.OPEN and part.refuted == max(c.refuted for c in names["enough"])
+
+
+def test_two_steps_against_the_best_rule():
+    "Table 3's last parts: a closed-set method counts with its rule for \"other\", and the claim says at which mismatch."
+    def run(method, mismatch, seed, balance, auroc, **ruled):
+        both = {"running": dict(balance=balance + seed, auroc=auroc + seed / 2)} | {
+            f"running+{k}": dict(balance=v + 2 * seed, auroc=99.0) for k, v in ruled.items()}
+        return RunResult(RunSpec(method=method, mismatch=mismatch, seed=seed), f"{method}{mismatch}{seed}", both, [], [], {}, {})
+    results = [r for s in range(3) for r in (
+        run("diffusion_classifier_two_steps", 0.6, s, 30, 80), run("fixmatch", 0.6, s, 0, 50, msp=40, energy=20),
+        run("ucdm", 0.6, s, 20, 60), run("ucdm", 0.2, s, 90, 90))]
+    methods = list(dict.fromkeys(r.spec.method for r in results))
+    names = {k: getattr(module, k) for module in (comparisons, labels) for k in module.__all__}
+    names |= dict(results=results, methods=methods, mismatches=[0.2, 0.6], checks=[], replace=replace)
+    balance, auroc = cells("paper/table_03_open_set_cifar100", "def by_best_rule", "TWO_STEPS =", **names)["checks"]
+    assert balance.outcome == claims.FAILS and 'FixMatch with "other" by confidence 42.0' in balance.evidence
+    assert auroc.outcome == claims.HOLDS and "FixMatch 50.5" in auroc.evidence
+    assert all("of all rows at 60% mismatch" in part.claim for part in (balance, auroc))
