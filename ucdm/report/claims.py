@@ -150,7 +150,7 @@ def some(claim: str, parts: Sequence[Check], # what was tried, each a part
     each = [of_several(c, len(tested)) for c in parts]
     outcomes, chances = [c.outcome for c in each], [c.p for c in each if c.p is not None and not math.isnan(c.p)]
     best = next((o for o in (HOLDS, HINT, OPEN, None, FAILS) if o in outcomes), None)
-    against = [math.nan if c.refuted is None else c.refuted for c in tested]
+    against = [math.nan if c.refuted is None or c.outcome is None else c.refuted for c in parts] # untested: never refuted
     refuted = math.nan if any(map(math.isnan, against)) else max(against, default=math.nan)
     return Check(claim, best, evidence, central, min(chances, default=math.nan), refuted)
 
