@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALL_METHODS', 'OPEN_METRICS', 'CHOSEN_BY_TEST', 'PROTOCOLS', 'method_specs', 'rivals_of', 'compare', 'mean_of',
-           'of_fullest', 'best_protocol', 'chosen_by_test', 'protocols_table']
+           'named_splits', 'of_fullest', 'best_protocol', 'chosen_by_test', 'protocols_table']
 
 # %% ../../nbs/report/07_comparisons.ipynb #3137bfea
 from collections.abc import Mapping, Sequence
@@ -122,6 +122,13 @@ def mean_of(results: Sequence[RunResult], method: str, metric: str, **where) -> 
     ]
     return spread(at)[0]
 
+# %% ../../nbs/report/07_comparisons.ipynb #b1d50013
+def named_splits(results: Sequence[RunResult]) -> list[RunResult]:
+    "The results with their class splits written out."
+    def of(s): return s if s.class_split else replace(s, class_split=str(class_split(s.dataset)))
+    found = [replace(r, spec=of(r.spec)) for r in results]
+    return list({(r.hash, r.spec.class_split): r for r in found}.values())
+
 # %% ../../nbs/report/07_comparisons.ipynb #ef5567aa
 def of_fullest(results: Sequence[RunResult]) -> list[RunResult]:
     "Those at the mismatch proportion at which the most methods were run; of several such, the largest."
@@ -181,6 +188,7 @@ def protocols_table(
     results: Sequence[RunResult], by: str = "mismatch"
 ) -> Table: # its frame: method, `by`, way, metric, mean, low, high, n
     "Means over seeds for every protocol by which the classifiers were tested, a block a method."
+    results = named_splits(results) if by == "class_split" else results
     runs = pd.DataFrame(
         [
             dict(

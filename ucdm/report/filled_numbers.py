@@ -41,7 +41,8 @@ def _of_runs(asked: re.Match, # of `_RUNS`
     if any(len(f) != 1 for f in found): raise ValueError(f"{asked[0]}: each must begin the name of one of the runs {', '.join(runs)}.")
     held = [json.loads(_read(folder / f"{run}.json"))["protocols"].get(protocol, {}) for run, in found]
     if any(metric not in h for h in held): raise ValueError(f"{asked[0]}: there are {', '.join(held[0]) or 'no such metrics'}.")
-    return mean_text([h[metric] for h in held])
+    values = [h[metric] for h in held]
+    return "–" if None in values else mean_text(values)
 
 # %% ../../nbs/report/14_filled_numbers.ipynb #a4000019
 _PLURAL = {"holds": "hold", "hint": "hints", "does not hold": "do not hold"}
@@ -74,6 +75,7 @@ def number_of(source: str, # profile/notebook/number, perhaps with " | " and a f
     if what.startswith("outcome of "): return _outcome(what.removeprefix("outcome of ").split(" // "), result["checks"])
     if what in result["numbers"]:
         value = result["numbers"][what]
+        if value is None: return "–" # stored for what is no number
         return value if isinstance(value, str) else f"{value:{form or '.1f'}}"
     if runs := _RUNS.fullmatch(what): return _of_runs(runs, result["runs"], file.parent / "runs")
     row, _, column = (part.strip() for part in what.partition(";"))

@@ -15,7 +15,7 @@ from itertools import product
 import pandas as pd
 
 from ..data.splits import class_split
-from .comparisons import chosen_by_test
+from .comparisons import chosen_by_test, named_splits
 from .intervals import covers, mean_interval, PLUS_MINUS, results_frame, RULES, spread
 from .paper import PAPER_TABLES, SLIPS
 from .style import DATASET_LABELS, METHOD_LABELS, METRIC_LABELS
@@ -203,6 +203,7 @@ def measured_vs_paper(
     if odd := [r for r in results if not isinstance(r, RunResult)]:
         raise TypeError(f"measured rows are made from RunResults only, got {type(odd[0]).__name__}.")
     if not results: raise ValueError("there are no results to lay out.")
+    results = named_splits(results) if by == "class_split" else results
     quoted = PAPER_TABLES[(PAPER_TABLES.table == table) & PAPER_TABLES.metric.isin(metrics)]
     if quoted.empty: raise KeyError(f"Table {table} has no {', '.join(metrics)}.")
     measured = results_frame(results)

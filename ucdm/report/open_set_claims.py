@@ -12,7 +12,7 @@ import pandas as pd
 
 from ..data.splits import class_split
 from .claims import Check, compared, difference, every
-from .comparisons import best_protocol, mean_of, OPEN_METRICS, rivals_of
+from .comparisons import best_protocol, mean_of, named_splits, OPEN_METRICS, rivals_of
 from .intervals import RULES
 from .style import METHOD_LABELS
 from ..runs.result import RunResult
@@ -125,6 +125,7 @@ def open_set_checks(results: Sequence[RunResult],
     """The claims of Tables 2 to 4 and 7 to 10, tested: best of all, good at all groups at once, rejects as surely as
     it recognises, not harmed along the axis.
     """
+    results = named_splits(results) if by == "class_split" else results
     values = sorted({getattr(r.spec, by) for r in results})
     everywhere = "every mismatch proportion" if by == "mismatch" else "every class split"
     at = {v: {k: mean_of(results, "ucdm", k, **{by: v}) for k in ("closed", *OPEN_METRICS)} for v in values}

@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from .ablations import unit_of
-from .comparisons import mean_of, OPEN_METRICS
+from .comparisons import mean_of, named_splits, OPEN_METRICS
 from .intervals import draw_interval, results_frame, RULES, spread
 from .paper import PAPER_TABLES
 from .style import DATASET_LABELS, GROUP_COLOURS, label_ends, legend_above
@@ -64,6 +64,7 @@ def open_set_figure(results: Sequence[RunResult],
     """Accuracy in known, unknown and new test images, and the balance score, along the mismatch proportion or the
     class splits.
     """
+    results = named_splits(results) if by == "class_split" else results
     frame, ours = results_frame(results), (PAPER_TABLES.table == table) & (PAPER_TABLES.method == "ucdm")
     quoted = _quoted_for(results, PAPER_TABLES[ours])
     values = sorted({*frame[by], *(quoted.mismatch if by == "mismatch" else ())})
