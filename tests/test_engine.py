@@ -40,3 +40,28 @@ def test_a_killed_process_costs_its_run_only(tmp_path, monkeypatch):
         assert [r is not None for r in e.value.results] == [True, False, True, True, True]
         assert len(list((tmp_path / "cache" / "runs").glob("*.json"))) == 4
     finally: METHODS.pop("mortal", None)
+
+
+BROKEN = '''
+from ucdm.runs.registry import METHODS, register_method
+
+class TwoParts(Exception):
+    def __init__(self, a, b): super().__init__(f"{a} and {b}")
+
+def fit(task): raise TwoParts("the disk", "the data")
+
+if "in_two_parts" not in METHODS: register_method("in_two_parts")(fit)
+'''
+
+
+def test_an_exception_that_cannot_be_sent_is_named(tmp_path, monkeypatch):
+    "What two arguments made cannot be built again from its message: the run failed by it, its process did not die."
+    from ucdm.runs.registry import METHODS
+    (tmp_path / "broken_method.py").write_text(BROKEN, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    __import__("broken_method")
+    try:
+        with pytest.raises(RunsFailed, match="TwoParts: the disk and the data") as e:
+            run_many([RunSpec(method="in_two_parts", n_seeds=12, n_test=24)], tmp_path / "cache", LocalEngine(jobs=2), progress=False)
+        assert [type(error) for _, error in e.value.failures] == [RuntimeError]
+    finally: METHODS.pop("in_two_parts", None)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 from ..core.files import check_one_writer
@@ -86,6 +87,15 @@ class ProcessDied(RuntimeError):
         super().__init__(f"the process of this run ({spec}) was killed, most often for lack of memory. The same command "
                          "goes on from its last checkpoint; fewer jobs at the same time need less memory.")
 
+# %% ../../nbs/runs/10_engine.ipynb #b1d50016
+def _computed(spec: RunSpec, *further) -> RunResult:
+    "A run, in a process that sends its result. RuntimeError in place of an exception that cannot be sent."
+    try: return run(spec, *further)
+    except Exception as e:
+        try: ForkingPickler.loads(ForkingPickler.dumps(e))
+        except Exception: raise RuntimeError(f"{type(e).__name__}: {e}") from e
+        raise
+
 # %% ../../nbs/runs/10_engine.ipynb #5c1e20ab
 def _in_processes(specs: dict[int, RunSpec], further: tuple, jobs: int):
     "Runs in several processes, as they are finished."
@@ -97,7 +107,7 @@ def _in_processes(specs: dict[int, RunSpec], further: tuple, jobs: int):
         while waiting or running:
             while waiting and free:
                 (i, spec), process = waiting.popleft(), free.pop()
-                running[process.submit(run, spec, *further)] = i, process
+                running[process.submit(_computed, spec, *further)] = i, process
             for f in wait(running, return_when=FIRST_COMPLETED).done:
                 i, process = running.pop(f)
                 died = isinstance(error := f.exception(), BrokenProcessPool)
