@@ -94,10 +94,12 @@ def pool_folders(r: Resolved, data: RunData, cache: Path) -> dict[str, Path]: # 
 # %% ../../nbs/runs/07_pools.ipynb #1de20024
 def by_other_code(store) -> list[Path]: # of a ucdm.method.pair_store.PairStore
     "Pools beside this one that differ in nothing but the code that made them."
-    def settings(file): return {k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if k != "code"}
+    def settings(file): # None: it cannot be read, as when it was cut off
+        try: return {k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if k != "code"}
+        except (OSError, ValueError, AttributeError): return None
     specs = [f for f in store.folder.parent.glob("*/spec.json") if f.parent != store.folder]
     own = settings(store.folder / "spec.json")
-    return [f.parent for f in specs if f.stat().st_size and settings(f) == own]
+    return [f.parent for f in specs if own is not None and settings(f) == own]
 
 # %% ../../nbs/runs/07_pools.ipynb #2aeb5ff4
 def fill_with(prior, # the generator, with a fingerprint
