@@ -63,6 +63,9 @@ def measured(profile):
         else: found[row["name"], "paper"] = values
     for row in table(read(f"{home}/what_limits_accuracies.md")):
         if profile == "standard": found.setdefault(row["name"], {key: row[key] for key in GROUPS})
+    for row in table(read(f"{home}/what_the_generator_knows.md")):
+        own = {"the hardest photographs and a cut": "Likelihood labels, photographs of other things"}.get(row["name"])
+        if own: found[own] = {key: row[key] for key in GROUPS}
     return found
 
 
@@ -109,7 +112,7 @@ def test_readme_is_short_and_quotes_results(files):
         assert row["ours, CIFAR-10 (half)"] == ours.get(name, {}).get("balance", "–"), name
         assert row["paper, CIFAR-10"] == ours.get((name, "paper"), {}).get("balance", "–"), name
         assert row["ours, Fashion-MNIST"] in (quick.get(name, {}).get("balance", "–"), "–"), name
-        labels = "0" if name.startswith(("UCDM", "Diffusion", "CLIP")) else "–" if name.startswith("Generator") else "40"
+        labels = "0" if name.startswith(("UCDM", "Likelihood", "Diffusion", "CLIP")) else "–" if name.startswith("Generator") else "40"
         assert row["labels a class"] == labels, name
         assert (row["labelled images behind its generator \\*"] == "–") == (labels == "40"), name
 

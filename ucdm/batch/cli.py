@@ -82,7 +82,7 @@ def _joined(old: dict, new: dict, # records of batches
             stay: set[str], # notebooks of which the old one counts
            ) -> dict:
     "One record of both, with the invocations that its notebooks took."
-    jobs = {n: job for n, job in old.get("jobs", {}).items() if n in stay} | new.get("jobs", {})
+    jobs = new.get("jobs", {}) | {n: job for n, job in old.get("jobs", {}).items() if n in stay}
     by_start = {i["started"]: i for record in (old, new) for i in record.get("invocations", [])}
     took = {i for job in jobs.values() for i in job.get("invocations", [])}
     return new | dict(invocations=[by_start[i] for i in sorted(by_start) if i in took], jobs=jobs)
