@@ -575,7 +575,7 @@ def test_a_generator_of_larger_images_is_asked_about_the_files(tmp_path, monkeyp
     """Asked together with its network, a generator that works at a higher resolution sees the photographs' files, those
     with labels, too.
     """
-    from ucdm.app import photographs
+    from ucdm.app import likelihood_training, photographs
     from ucdm.app.asking import asking
     from ucdm.app.demo_photos import demo, DEMO_CLASSES
     from ucdm.app.evaluating import evaluate
@@ -584,6 +584,7 @@ def test_a_generator_of_larger_images_is_asked_about_the_files(tmp_path, monkeyp
     from ucdm.data.own_folder import read_folder
     from ucdm.diffusion.prior import Prior
 
+    for name, few in dict(LEAST_PASSES=320, DRAWN=(24, 24)).items(): monkeypatch.setattr(likelihood_training, name, few)
     photos = demo(tmp_path / "photos", photos=30, new=2)
     model = fit(photos, DEMO_CLASSES, tmp_path / "model", preset="likelihood", progress=False)
     found, both = read_folder(photos / "new", model.size), asking(model)
@@ -610,3 +611,33 @@ def test_a_generator_of_larger_images_is_asked_about_the_files(tmp_path, monkeyp
     assert {p.name for p, _ in read} == {p.name for p in found.paths} and {s for _, s in read} == {64}
     assert (larger - as_it_is).abs().max() < 0.2 # the files hold no more than the small images do
     assert (larger.argmax(1) == as_it_is.argmax(1)).all()
+
+
+def test_the_cut_of_both_with_a_generator_of_larger_images(tmp_path, monkeypatch):
+    "Where a generator works at a higher resolution it is shown the files of other things, too, and answers by the cut of both."
+    from ucdm.app import asking, likelihood_training, photographs
+    from ucdm.app.demo_photos import DEMO_CLASSES
+    from ucdm.diffusion.prior import load_prior, Prior
+
+    class Larger(Prior): # says that it works at 64 pixels
+        def __init__(self, prior):
+            self.__dict__.update(prior.__dict__)
+            self.real, self.image_size = prior, 64
+
+        def encode(self, images, noise=None): return self.real.encode(images, noise)
+
+    for module in (ucdm_app.fitting, asking): monkeypatch.setattr(module, "load_prior", lambda *given: Larger(load_prior(*given)))
+    monkeypatch.setattr(likelihood_training, "LEAST_PASSES", 320)
+    read, before = [], photographs.pixels_of
+    def counted(path, options):
+        read.append((Path(path), options.size))
+        return before(path, options)
+    monkeypatch.setattr(photographs, "pixels_of", counted)
+    photos, beside = demo(tmp_path / "photos", photos=60, new=2), demo(tmp_path / "beside", photos=24, new=150, seed=1) / "new"
+    model = fit(photos, DEMO_CLASSES, tmp_path / "model", others=beside, held_out=0.4, progress=False)
+    asked = {path for path, size in read if size == 64 and path.parent == beside}
+    hardest = round(0.2 * 0.4 * model.about["others"])
+    assert len(asked) == round(0.4 * 60) < hardest # of them it is asked about as many as there are photographs aside
+    cut = model.about["reading"]["cut"]
+    measured = evaluate(Model.load(tmp_path / "model"), photos / "new_labels.csv", ask_generator=True)
+    assert model.threshold is not None and measured.cut == f"threshold {cut:.3f}; generator asked too"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .fit_settings import FitSettings, pair_config, train_config
-from .likelihood_training import check_others, labels_config, likelihood_config, Others, read_others
+from .likelihood_training import check_others, labels_config, likelihood_config, Others, questions, read_others
 from .model import check_device, check_outside, check_place, SHEET
 from .network import network_name, SizedUCDM
 from .pair_sheet import pair_sheet, sheet_of
@@ -160,13 +160,14 @@ def _timed_questions(prior: Prior, found: Photographs, classes, s: FitSettings, 
 
 # %% ../../nbs/app/16_checking.ipynb #2c8c8cef
 def _wanted(s: FitSettings, photos: int, n_known: int, side: int, # of the generator's images, in pixels
-            others: Others | None = None) -> tuple[str, int, float]: # "pairs" or "questions"; how many; MB on disk
+            others: Others | None = None, n_aside: int = 0, # photographs kept aside
+           ) -> tuple[str, int, float]: # "pairs" or "questions"; how many; MB on disk
     "What the generator has to do for a fit."
     if s.preset != "likelihood": return "pairs", photos * n_known, 2 * photos * n_known * 3 * s.size**2 / 1e6
     config = labels_config(s, photos, n_known, others)
-    asked = config.asked(photos, n_known)
-    answers, drawn = sum(n for what, n in asked.items() if what[0] != "drawn"), 0 if others else config.n_negatives
-    return "questions", sum(asked.values()), (4 * answers + drawn * 3 * side**2) / 1e6
+    wanted, drawn = questions(config, photos, n_known, n_aside, others), 0 if others else config.n_negatives
+    answers = wanted - sum(n for what, n in config.asked(photos, n_known).items() if what[0] == "drawn")
+    return "questions", wanted, (4 * answers + drawn * 3 * side**2) / 1e6
 
 # %% ../../nbs/app/16_checking.ipynb #2811a032
 REPORT, REPORT_BEGINS = "report.json", b'{\n "classes"'
@@ -206,7 +207,7 @@ def check(folder: Path | str, # of photographs
     n_aside = len(kept_aside(found, s)[1])
     reading = [found.report]
     beside = read_others(others, found.images, s, n_aside, None, reading.append) if others is not None else None
-    what, wanted, megabytes = _wanted(s, len(found), len(classes), prior.image_size, beside)
+    what, wanted, megabytes = _wanted(s, len(found), len(classes), prior.image_size, beside, n_aside)
     foreign = foreign_words(prior.pipe.tokenizer, classes)
     known, _ = recognised(prior, classes)
     timed, few = (_timed_questions, pairs) if what == "questions" else (_timed_pairs, max(1, pairs // len(classes)))

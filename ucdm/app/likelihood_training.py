@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['FEWEST', 'LEAST_PASSES', 'DRAWN', 'READ', 'TAKEN', 'LOOKED_AT', 'NEEDED', 'SURE', 'likelihood_config', 'Others',
            'other_photographs', 'with_others', 'labels_config', 'check_others', 'read_others', 'SizedLabels',
-           'with_given', 'sure_labels', 'label_temperature', 'others_cut', 'label_sheet', 'Fitted', 'reading_note',
-           'fitted_from', 'taught']
+           'with_given', 'sure_labels', 'label_temperature', 'cut_between', 'others_cut', 'cut_questions', 'both_cut',
+           'label_sheet', 'Fitted', 'reading_note', 'fitted_from', 'questions', 'taught']
 
 # %% ../../nbs/app/09_likelihood_training.ipynb #4a1c0004
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +25,7 @@ from .fit_settings import FitSettings, PROFILES, train_config
 from .model import to_side
 from .network import network, network_name, SizedUCDM
 from .pair_sheet import sheet_of
-from .photographs import read_photographs
+from .photographs import read_photographs, SharpPrior
 from ..baselines.learner import answers
 from ..baselines.semi_supervised import train
 from ..core.files import printable
@@ -33,6 +33,7 @@ from ..core.randomness import generator
 from ..data.image_files import image_files
 from ..data.images import content_ids, ImageSet
 from ..diffusion.prior import Prior
+from ..likelihood.asked_too import together
 from ..likelihood.cut import best_cut, kept_out
 from ucdm.likelihood.likelihood_labels import (
     errors_of, hardest, HARDEST, labelled_negatives, likelihoods_of, LikelihoodLabels, LikelihoodLabelsConfig, named_by
@@ -71,12 +72,14 @@ class Others:
     aside: Tensor # for the cut
     content: str # 16 hex digits
     skipped: int = 0 # files that cannot be read
+    files: tuple[Path, ...] = () # of those aside
 
 # %% ../../nbs/app/09_likelihood_training.ipynb #a72e7263
 def other_photographs(images: Tensor, # uint8 [M, 3, size, size]
                       photos: Tensor, # the photographs whose classes are learnt
                       s: FitSettings,
                       n_aside: int, # of these, kept aside for a cut
+                      paths: Sequence[Path] = (), # files of the images
                      ) -> Others:
     """At most `TAKEN` different photographs of other things; where it is enough for a cut, some of them kept aside.
 
@@ -87,10 +90,12 @@ def other_photographs(images: Tensor, # uint8 [M, 3, size, size]
     if len(rows) < FEWEST:
         raise ValueError(f"others: {len(rows)} different photographs that are not among those to learn from; give {FEWEST} or "
                          "more, or leave others out.")
-    taken = images[rows[torch.randperm(len(rows), generator=generator(s.seed, "others"))[:TAKEN]]]
+    rows = rows[torch.randperm(len(rows), generator=generator(s.seed, "others"))[:TAKEN]]
+    taken = images[rows]
     aside = kept_out(len(taken), s.held_out, s.seed)
     if min(n_aside / 2, round(HARDEST * int(aside.sum()))) < LEAST: aside[:] = False # nothing is lost to a cut that cannot be
-    return Others(taken[~aside], taken[aside], hashlib.sha256(taken.numpy().tobytes()).hexdigest()[:16])
+    content = hashlib.sha256(taken.numpy().tobytes()).hexdigest()[:16]
+    return Others(taken[~aside], taken[aside], content, files=tuple(paths[i] for i in rows[aside].tolist()) if paths else ())
 
 # %% ../../nbs/app/09_likelihood_training.ipynb #05dba44a
 def with_others(config: LikelihoodLabelsConfig, others: Others) -> LikelihoodLabelsConfig:
@@ -134,7 +139,7 @@ def read_others(folder: Path | str, photos: Tensor, # the photographs whose clas
     "Photographs of other things. Errors as `read_photographs` and `other_photographs`."
     try: read = read_photographs(folder, (), s, None, kept, READ)
     except ValueError as e: raise ValueError(f"others: {str(e).removeprefix('folder: ')}") from None
-    others = replace(other_photographs(read.images, photos, s, n_aside), skipped=len(read.skipped))
+    others = replace(other_photographs(read.images, photos, s, n_aside, read.paths), skipped=len(read.skipped))
     tell(f"others: {read.report}\n  to learn from: {len(others.learnt):,}; kept aside for a cut: {len(others.aside):,}")
     if not len(others.aside): tell(f"  no cut: {NEEDED}")
     return others
@@ -186,6 +191,15 @@ def label_temperature(learner: LikelihoodLabels, images: Tensor, r: Tensor, # im
     at = (sure >= 0).nonzero()[:, 0]
     return (fit_temperature(answers(learner, images[at])[1], sure[at]), len(at)) if len(at) >= LEAST else (1.0, 0)
 
+# %% ../../nbs/app/09_likelihood_training.ipynb #6b46b91c
+def cut_between(seen: Tensor, # probabilities of photographs [N, K + 1]
+                known: Tensor, # how far each shows a class [N]
+                others: Tensor, # probabilities of other things [M, K + 1]
+               ) -> float: # least probability of a class
+    "The cut at which all of them are answered best."
+    as_other = lambda probs: -probs[:, :-1].amax(1).cpu()
+    return min(max(-best_cut(as_other(seen), known.cpu(), as_other(others)), 0.0), 1.0)
+
 # %% ../../nbs/app/09_likelihood_training.ipynb #6b46b91d
 def others_cut(learner: LikelihoodLabels, images: Tensor, r: Tensor, # images kept aside; their soft labels
                others: Tensor, # photographs of other things, kept aside, uint8 [M, 3, H, W]
@@ -195,9 +209,28 @@ def others_cut(learner: LikelihoodLabels, images: Tensor, r: Tensor, # images ke
     known = r.sum(1).clamp(max=1)
     if min(known.sum(), len(r) - known.sum(), round(HARDEST * len(others))) < LEAST: return None
     seen, beside = (tempered(answers(learner, x)[1], temperature) for x in (images, others))
-    as_other = lambda probs: -probs[:, :-1].amax(1)
-    tau = best_cut(as_other(seen), known.cpu(), as_other(beside[hardest(beside[:, -1], HARDEST)]))
-    return min(max(-tau, 0.0), 1.0)
+    return cut_between(seen, known, beside[hardest(beside[:, -1], HARDEST)])
+
+# %% ../../nbs/app/09_likelihood_training.ipynb #7a1e0b02
+def cut_questions(n_aside: int, n_others: int, # photographs, and other things, kept aside
+                 ) -> int: # 0 where no cut can be
+    "Other things that the generator is asked about for the cut of both."
+    hard = round(HARDEST * n_others)
+    return min(hard, max(LEAST, n_aside)) if min(n_aside / 2, hard) >= LEAST else 0
+
+# %% ../../nbs/app/09_likelihood_training.ipynb #7a1e0b04
+def both_cut(task: Task, # its unlabelled images: the photographs
+             prior: Prior, reading: ClassReading, # of the generator's errors
+             learner: LikelihoodLabels, # trained
+             aside: Tensor, r: Tensor, # rows of photographs kept aside; their soft labels
+             others: Tensor, # photographs of other things, kept aside, uint8 [M, 3, H, W]
+            ) -> float: # least probability of a class
+    "The cut of network and generator together, where `others_cut` finds one of the network."
+    beside = hardest(answers(learner, others)[1][:, -1], HARDEST)
+    evenly = torch.linspace(0, len(beside) - 1, cut_questions(len(aside), len(others))).round().long()
+    groups = task.seeds.images[aside], others[beside[evenly]]
+    seen, hard = (together(answers(learner, x)[1].cpu(), reading(errors_of(task, prior, x))) for x in groups)
+    return cut_between(seen, r.sum(1).clamp(max=1), hard)
 
 # %% ../../nbs/app/09_likelihood_training.ipynb #4a1c0016
 def label_sheet(images: Tensor, # photographs, uint8 [N, 3, H, W]
@@ -223,27 +256,38 @@ class Fitted(NamedTuple):
     notes: dict = {} # of the model: where the threshold comes from, how the generator's errors are read
 
 # %% ../../nbs/app/09_likelihood_training.ipynb #d8b40002
-def reading_note(reading: ClassReading, config: LikelihoodLabelsConfig) -> dict: # that JSON can hold
+def reading_note(reading: ClassReading, config: LikelihoodLabelsConfig,
+                 cut: float | None = None, # of network and generator together
+                ) -> dict: # that JSON can hold
     "How a generator is asked and its errors are read."
     mixtures = [[m.fraction, *m.means, *m.deviations] for m in reading.mixtures]
-    return dict(draws=config.draws, template=config.template, units=reading.units.tolist(), mixtures=mixtures)
+    note = dict(draws=config.draws, template=config.template, units=reading.units.tolist(), mixtures=mixtures)
+    return note if cut is None else note | dict(cut=cut)
 
 # %% ../../nbs/app/09_likelihood_training.ipynb #97a3ad39
 def fitted_from(learner: SizedLabels, # trained
-                photos: Tensor, said: Tensor, # photographs; the generator's soft labels of them
+                task: Task, # its unlabelled images: the photographs
+                prior: Prior, said: Tensor, # the generator, and its soft labels of the photographs
                 aside: Tensor, # rows of those that nothing was learnt from
-                s: FitSettings, others: Others | None,
-                reading: dict, # of the generator's errors, see `reading_note`
-                tell: Callable) -> Fitted:
-    "The classifier with its temperature, its cut and the sheet."
+                s: FitSettings, others: Others | None) -> Fitted:
+    "The classifier with its temperature, its cuts and the sheet."
+    photos, reading = task.seeds.images, class_reading(errors_of(task, prior, task.seeds.images))
     temperature, sure = label_temperature(learner, photos[aside], said[aside])
     cut = others_cut(learner, photos[aside], said[aside], others.aside, temperature) if others else None
-    if others and len(others.aside) and cut is None: tell(f"no cut: {NEEDED}")
+    if others and len(others.aside) and cut is None: task.report(f"no cut: {NEEDED}")
+    of_both = both_cut(task, prior, reading, learner, aside, said[aside], others.aside) if cut is not None else None
     source = f"{len(aside)} photographs and {len(others.aside)} of other things, kept out of the training" if cut is not None else None
     hard = others.learnt[hardest(answers(learner, others.learnt)[1][:, -1], 1)[:10]] if others else None
     sheet = label_sheet(photos, said, learner.classes, hard=hard)
-    notes = dict(reading=reading) | (dict(cut_from=source) if source else {})
+    notes = dict(reading=reading_note(reading, task.config, of_both)) | (dict(cut_from=source) if source else {})
     return Fitted(learner.sized_ucdm(s), temperature, sure, sheet, cut, notes)
+
+# %% ../../nbs/app/09_likelihood_training.ipynb #7a1e0b05
+def questions(config: LikelihoodLabelsConfig, n: int, n_known: int, n_aside: int, # photographs; classes; kept aside
+              others: Others | None = None) -> int:
+    "What a generator is asked in a fit, at most."
+    for_cut = cut_questions(n_aside, len(others.aside)) if others else 0
+    return sum(config.asked(n, n_known).values()) + for_cut * config.draws * (n_known + 1)
 
 # %% ../../nbs/app/09_likelihood_training.ipynb #4a1c0019
 def taught(photos: Tensor, # uint8 [N, 3, size, size]
@@ -263,7 +307,7 @@ def taught(photos: Tensor, # uint8 [N, 3, size, size]
     config = labels_config(s, len(photos), len(classes), others)
     everything = ImageSet(photos, torch.full((len(photos),), -1), classes)
     task = Task(RunSpec(method="likelihood_labels"), config, everything, classes, None, None, checkpoint, tell, progress, cache)
-    tell(f"{sum(config.asked(len(photos), len(classes)).values()):,} questions to the generator, into {cache}")
+    tell(f"{questions(config, len(photos), len(classes), len(aside), others):,} questions to the generator, into {cache}")
     said = likelihoods_of(task, prior, photos)
     learnt = torch.ones(len(photos), dtype=torch.bool).index_fill(0, aside, False)
     r = with_given(said, labels)[learnt]
@@ -274,5 +318,5 @@ def taught(photos: Tensor, # uint8 [N, 3, size, size]
     learner = SizedLabels(named, config, r, to_side(more, s.size), of_more, device, size=s.size, weights=weights)
     learner.notes["weights"] = note["weights"]
     train(learner, checkpoint, lines(), progress=False)
-    reading = reading_note(class_reading(errors_of(task, prior, photos)), config)
-    return fitted_from(learner, photos, said, aside, s, others, reading, tell)
+    if others and isinstance(prior, SharpPrior): prior.file_of |= dict(zip(content_ids(others.aside), others.files))
+    return fitted_from(learner, task, prior, said, aside, s, others)
