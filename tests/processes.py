@@ -12,6 +12,7 @@ import threading
 import types
 import warnings
 from collections.abc import Mapping
+from multiprocessing import forkserver
 from weakref import WeakSet
 
 import psutil
@@ -20,7 +21,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([
     "torch", "scipy.optimize", "diffusers.models", "ucdm.method.generate", "ucdm.method.training",
     "ucdm.method.store_commands", "ucdm.baselines.semi_supervised", "ucdm.runs.run", "ucdm.batch.cli",
-    "ucdm.evaluation.metrics",
+    "ucdm.evaluation.metrics", "ucdm.report.claims",
 ])
 STARTED = WeakSet() # for those that a failed test leaves
 
@@ -103,6 +104,8 @@ def _live(words, streams, env, cwd):
     "What a child does: be `python words...`, with other streams."
     for number, connection in streams.items(): os.dup2(connection.fileno(), number)
     for connection in set(streams.values()): connection.close()
+    sys.stdout, sys.stderr = (open(n, "w", encoding="utf-8", errors="backslashreplace", closefd=False) for n in (1, 2))
+    forkserver._forkserver.__init__() # where it starts a fork server it is one of its own
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)

@@ -12,6 +12,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from processes import ran
 
 from ucdm.batch.kernels import can_fork
 from ucdm.batch.profiles import find_experiments, load_profile, plan
@@ -58,7 +59,7 @@ def arguments(folder, *more):
 
 
 def batch(folder, *more):
-    done = subprocess.run(arguments(folder, *more), capture_output=True, text=True, timeout=240)
+    done = ran(*arguments(folder, *more)[1:])
     return done.returncode, done.stdout, done.stderr
 
 

@@ -126,9 +126,8 @@ def _took(outcome: Outcome, before: dict, now: str) -> list[str]:
     return took if not outcome.seconds or now in took else [*(took if before.get("status") != "done" else []), now]
 
 # %% ../../nbs/batch/06_page.ipynb #c5f11b99
-def _all_invocations(batch, before: list[dict], entries: dict) -> list[dict]:
+def _all_invocations(batch, where: dict, before: list[dict], entries: dict) -> list[dict]:
     "The invocations that a result on the page stems from, or was begun in."
-    where = batch.facts
     mine = dict(
         started=batch.invocation,
         seconds=round(time.monotonic() - batch.began, 1),
@@ -233,9 +232,12 @@ def _item(out: Path, name: str, entry: dict, result: dict, source: str | None) -
     )
 
 # %% ../../nbs/batch/06_page.ipynb #f8a39921
-def _facts() -> dict:
-    from ucdm.runs.provenance import provenance
-    return provenance()
+def _facts(batch, before: dict) -> dict: # what was known
+    "Where this batch computes, or, while it has computed nothing, what was known."
+    from ucdm.runs.provenance import surroundings
+    if before and all(o.status == "kept" for o in batch.outcomes.values()): return before
+    batch.facts = batch.facts or surroundings()
+    return batch.facts
 
 
 def _facts_shown(where: dict, invocations: list[dict], items: list[dict], entries: dict) -> dict[str, str]:
@@ -273,15 +275,15 @@ def write_summary(batch) -> Path: # `ucdm.batch.runner.Batch`
     sources = {n: os.path.relpath(e.path.resolve(), out.resolve()) for n, e in known.items()}
     items = [_item(out, n, entry, batch.result(n), sources.get(n)) for n, entry in (waiting | entries).items()]
     items.sort(key=lambda i: ({"table": 0, "figure": 1}.get(i["name"].split("_")[0], 2), i["name"]))
-    batch.facts = batch.facts or (before if before and not batch.outcomes else _facts())
-    invocations = _all_invocations(batch, invocations, entries)
-    record = batch.facts | dict(profile=batch.profile, invocations=invocations, jobs=entries)
+    facts = _facts(batch, before)
+    invocations = _all_invocations(batch, facts, invocations, entries)
+    record = facts | dict(profile=batch.profile, invocations=invocations, jobs=entries)
     atomic_json(out / "results" / "batch.json", record)
     page = _TEMPLATES.get_template("index.html.j2").render(
         profile=batch.profile,
         description=batch.description,
         items=items,
         done=sum(i["status"] == "done" for i in items),
-        facts=_facts_shown(batch.facts, invocations, items, entries),
+        facts=_facts_shown(facts, invocations, items, entries),
     )
     return write_atomic(out / "index.html", page)
