@@ -617,6 +617,7 @@ def test_the_cut_of_both_with_a_generator_of_larger_images(tmp_path, monkeypatch
     "Where a generator works at a higher resolution it is shown the files of other things, too, and answers by the cut of both."
     from ucdm.app import asking, likelihood_training, photographs
     from ucdm.app.demo_photos import DEMO_CLASSES
+    from ucdm.data.photographs import PhotoOptions
     from ucdm.diffusion.prior import load_prior, Prior
 
     class Larger(Prior): # says that it works at 64 pixels
@@ -633,8 +634,18 @@ def test_the_cut_of_both_with_a_generator_of_larger_images(tmp_path, monkeypatch
         read.append((Path(path), options.size))
         return before(path, options)
     monkeypatch.setattr(photographs, "pixels_of", counted)
-    photos, beside = demo(tmp_path / "photos", photos=60, new=2), demo(tmp_path / "beside", photos=24, new=150, seed=1) / "new"
+    photos, beside = demo(tmp_path / "photos", photos=60, new=2), demo(tmp_path / "beside", photos=24, new=180, seed=1) / "new"
+    with open(tmp_path / "beside" / "new_labels.csv", encoding="utf-8") as f:
+        for row in csv.DictReader(f): # other things only
+            if row["group"] == "known": (tmp_path / "beside" / row["file"]).unlink()
+    taken, real = [], likelihood_training.other_photographs
+    def keeping(*given):
+        taken.append(real(*given))
+        return taken[-1]
+    monkeypatch.setattr(likelihood_training, "other_photographs", keeping)
     model = fit(photos, DEMO_CLASSES, tmp_path / "model", others=beside, held_out=0.4, progress=False)
+    for file, image in zip(taken[0].files, taken[0].aside, strict=True): # each the file of its image
+        assert torch.equal(torch.as_tensor(before(file, PhotoOptions(32))), image)
     asked = {path for path, size in read if size == 64 and path.parent == beside}
     hardest = round(0.2 * 0.4 * model.about["others"])
     assert len(asked) == round(0.4 * 60) < hardest # of them it is asked about as many as there are photographs aside

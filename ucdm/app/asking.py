@@ -138,7 +138,8 @@ def asking(model: Model, prior: str | None = None, # where the generator is, see
     tell(f"the generator {both.prior.name} is asked about each photograph, too: {both.evaluations} questions each")
     if both.threshold is not None: tell(f"  the cut of both is {both.threshold:.3f}, where no other is asked for")
     elif model.threshold is not None:
-        tell("  the model's cut is for its network alone, so it is left; UCDM's own rule answers where no other is asked for")
+        refit = "; ucdm fit into another folder, with the same --work, finds a cut of both" if model.about.get("others") else ""
+        tell("  the model's cut is for its network alone, so it is left; UCDM's own rule answers where no other is asked for" + refit)
     return both
 
 # %% ../../nbs/app/13_asking.ipynb #d8b60002
@@ -147,4 +148,4 @@ def check_asking(ask_generator: bool, prior: str | None, keep_cut: bool = False)
     if prior is not None and not ask_generator:
         raise ValueError("prior: no generator is asked; give ask_generator with it, or leave it out.")
     if ask_generator and keep_cut: raise ValueError(
-        "keep_cut: a cut found with ask_generator is one for both, and the model keeps that of its network; leave one of them out.")
+        "keep_cut: it keeps a cut of the network alone, and with ask_generator both answer; leave one of them out.")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BAD_INPUT', 'app', 'FOLDER', 'CLASSES', 'PRIOR', 'SIZE', 'FIT', 'ALPHA', 'ON_ERROR', 'MAX_PIXELS', 'DEVICE', 'PRESET',
-           'UNKNOWN', 'LABELS', 'OTHERS', 'MODEL', 'THRESHOLD', 'OWN_RULE', 'ASK', 'WHERE', 'one_line', 'demo_command',
-           'fit_command', 'MayStandAlone', 'predict_command', 'check_command', 'evaluate_command', 'export_command',
-           'review_command', 'pairs_command', 'store_command', 'reproduce_command']
+           'UNKNOWN', 'LABELS', 'OTHERS', 'HELD_OUT', 'MODEL', 'THRESHOLD', 'OWN_RULE', 'ASK', 'WHERE', 'one_line',
+           'demo_command', 'fit_command', 'MayStandAlone', 'predict_command', 'check_command', 'evaluate_command',
+           'export_command', 'review_command', 'pairs_command', 'store_command', 'reproduce_command']
 
 # %% ../../nbs/app/19_cli.ipynb #4cef107a
 import os, sys, warnings
@@ -98,6 +98,8 @@ LABELS = typer.Option(None, help="a CSV with the columns file (as below the fold
 OTHERS = typer.Option(None, help="a folder of 20 or more photographs that show none of the classes (the preset is likelihood then): "
                       "the hardest of them teach what other is; with 500 of them or more, and some 200 photographs to learn from, "
                       "a cut is found with those kept aside", show_default=False)
+HELD_OUT = typer.Option(0.1, help="fraction of the photographs that nothing is learnt from: their pairs, or what the generator says "
+                        "of them, say how sure the probabilities may be")
 
 # %% ../../nbs/app/19_cli.ipynb #6dc953fa
 @app.command("fit", epilog="Example: `ucdm fit photos T-shirt trouser --out model`")
@@ -117,8 +119,7 @@ def fit_command(
     on_error: str = ON_ERROR,
     max_pixels: int = MAX_PIXELS,
     weights: str = typer.Option("imagenet", help="what a ResNet-18 starts from, where it can be had; or none"),
-    held_out: float = typer.Option(0.1, help="fraction of the photographs that nothing is learnt from: their pairs, or "
-                                   "what the generator says of them, say how sure the probabilities may be"),
+    held_out: float = HELD_OUT,
     keep_cut: Path = typer.Option(None, help="an earlier model of these classes: answer as many photographs with other as "
                                   "its cut does", show_default=False),
     seed: int = typer.Option(0, help="another number gives other noise, another order and other first weights"),
@@ -195,6 +196,7 @@ def check_command(
     profile: str = typer.Option("quick", help="of the training whose time is estimated"),
     preset: str = PRESET,
     others: Path = OTHERS,
+    held_out: float = HELD_OUT,
     fit: str = FIT,
     alpha: str = ALPHA,
     on_error: str = typer.Option("skip", help="at a photograph that cannot be read: skip it and say why, or stop"),

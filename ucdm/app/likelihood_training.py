@@ -216,7 +216,7 @@ def cut_questions(n_aside: int, n_others: int, # photographs, and other things, 
                  ) -> int: # 0 where no cut can be
     "Other things that the generator is asked about for the cut of both."
     hard = round(HARDEST * n_others)
-    return min(hard, max(LEAST, n_aside)) if min(n_aside / 2, hard) >= LEAST else 0
+    return min(hard, n_aside) if min(n_aside / 2, hard) >= LEAST else 0
 
 # %% ../../nbs/app/09_likelihood_training.ipynb #7a1e0b04
 def both_cut(task: Task, # its unlabelled images: the photographs
@@ -229,7 +229,7 @@ def both_cut(task: Task, # its unlabelled images: the photographs
     beside = hardest(answers(learner, others)[1][:, -1], HARDEST)
     evenly = torch.linspace(0, len(beside) - 1, cut_questions(len(aside), len(others))).round().long()
     groups = task.seeds.images[aside], others[beside[evenly]]
-    seen, hard = (together(answers(learner, x)[1].cpu(), reading(errors_of(task, prior, x))) for x in groups)
+    seen, hard = (together(answers(learner, x)[1], reading(errors_of(task, prior, x))) for x in groups)
     return cut_between(seen, r.sum(1).clamp(max=1), hard)
 
 # %% ../../nbs/app/09_likelihood_training.ipynb #4a1c0016

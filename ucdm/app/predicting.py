@@ -66,7 +66,7 @@ def _choose(model: Model, probs: Tensor, reject_rate, threshold, target_precisio
         images, labels, skipped = labelled_images(known, model.classes, options, on_error)
         if isinstance(model, AskingModel): model.of_labelled(known, options)
         for s in skipped: tell(f"labels: left out, since it cannot be read: {s.name}: {s.reason}")
-        if stays: tell("labels: the model answers by the cut that it keeps, and at the temperature that belongs to it")
+        if stays: tell("labels: the model answers by the cut that it keeps, and at the temperature that belongs to it, so none is fitted")
         elif len(labels) < LEAST: tell(f"labels: {len(labels)} are too few to fit the temperature, which takes {LEAST}; the model's stays")
         raw = model.predict(images)
         t = 1.0 if stays else fit_temperature(raw, labels)
