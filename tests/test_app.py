@@ -628,7 +628,7 @@ def test_the_cut_of_both_with_a_generator_of_larger_images(tmp_path, monkeypatch
         def encode(self, images, noise=None): return self.real.encode(images, noise)
 
     for module in (ucdm_app.fitting, asking): monkeypatch.setattr(module, "load_prior", lambda *given: Larger(load_prior(*given)))
-    monkeypatch.setattr(likelihood_training, "LEAST_PASSES", 320)
+    for name, few in dict(LEAST_PASSES=320, STEADY=10).items(): monkeypatch.setattr(likelihood_training, name, few)
     read, before = [], photographs.pixels_of
     def counted(path, options):
         read.append((Path(path), options.size))

@@ -138,8 +138,7 @@ def asking(model: Model, prior: str | None = None, # where the generator is, see
     tell(f"the generator {both.prior.name} is asked about each photograph, too: {both.evaluations} questions each")
     if both.threshold is not None: tell(f"  the cut of both is {both.threshold:.3f}, where no other is asked for")
     elif model.threshold is not None:
-        refit = "; ucdm fit into another folder, with the same --work, finds a cut of both" if model.about.get("others") else ""
-        tell("  the model's cut is for its network alone, so it is left; UCDM's own rule answers where no other is asked for" + refit)
+        tell("  the model's cut is for its network alone, so it is left; UCDM's own rule answers where no other is asked for")
     return both
 
 # %% ../../nbs/app/13_asking.ipynb #d8b60002
