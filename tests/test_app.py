@@ -34,6 +34,7 @@ from ucdm.app.reviewing import begin_review, label, note
 from ucdm.core.tensor_files import read_tensors, write_tensors
 from ucdm.data import own_folder
 from ucdm.data.own_folder import read_folder
+from ucdm.diffusion.prior import Prior
 from ucdm.evaluation.metrics import evaluate as evaluate_groups
 from ucdm.method.classifier import UCDM
 from ucdm.method.pairs import PairConfig
@@ -571,6 +572,15 @@ def test_pairs_by_a_generator_of_larger_images(tmp_path):
     assert len(pairs) == 3
 
 
+class Larger(Prior):
+    "A generator that says that it works at 64 pixels."
+    def __init__(self, prior):
+        self.__dict__.update(prior.__dict__)
+        self.real, self.image_size = prior, 64
+
+    def encode(self, images, noise=None): return self.real.encode(images, noise)
+
+
 def test_a_generator_of_larger_images_is_asked_about_the_files(tmp_path, monkeypatch):
     """Asked together with its network, a generator that works at a higher resolution sees the photographs' files, those
     with labels, too.
@@ -582,7 +592,6 @@ def test_a_generator_of_larger_images_is_asked_about_the_files(tmp_path, monkeyp
     from ucdm.app.fitting import fit
     from ucdm.app.label_files import read_labels
     from ucdm.data.own_folder import read_folder
-    from ucdm.diffusion.prior import Prior
 
     for name, few in dict(LEAST_PASSES=320, DRAWN=(24, 24)).items(): monkeypatch.setattr(likelihood_training, name, few)
     photos = demo(tmp_path / "photos", photos=30, new=2)
@@ -591,13 +600,6 @@ def test_a_generator_of_larger_images_is_asked_about_the_files(tmp_path, monkeyp
     as_it_is = both.predict(found.images)
     measured = evaluate(model, photos / "new_labels.csv", ask_generator=True)
     assert measured.cut == "UCDM's own rule; generator asked too" and len(found) == measured.confusion.values.sum()
-
-    class Larger(Prior): # says that it works at 64 pixels
-        def __init__(self, prior):
-            self.__dict__.update(prior.__dict__)
-            self.real, self.image_size = prior, 64
-
-        def encode(self, images, noise=None): return self.real.encode(images, noise)
 
     both.prior = Larger(both.prior)
     read, before = [], photographs.pixels_of
@@ -618,14 +620,7 @@ def test_the_cut_of_both_with_a_generator_of_larger_images(tmp_path, monkeypatch
     from ucdm.app import asking, likelihood_training, photographs
     from ucdm.app.demo_photos import DEMO_CLASSES
     from ucdm.data.photographs import PhotoOptions
-    from ucdm.diffusion.prior import load_prior, Prior
-
-    class Larger(Prior): # says that it works at 64 pixels
-        def __init__(self, prior):
-            self.__dict__.update(prior.__dict__)
-            self.real, self.image_size = prior, 64
-
-        def encode(self, images, noise=None): return self.real.encode(images, noise)
+    from ucdm.diffusion.prior import load_prior
 
     for module in (ucdm_app.fitting, asking): monkeypatch.setattr(module, "load_prior", lambda *given: Larger(load_prior(*given)))
     for name, few in dict(LEAST_PASSES=320, STEADY=10).items(): monkeypatch.setattr(likelihood_training, name, few)
