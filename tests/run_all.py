@@ -34,15 +34,19 @@ class Skipped(Exception):
     "A stage that cannot run here, and why."
 
 
+def start(*command, cwd=ROOT, stdout=subprocess.PIPE, **env):
+    "Start a program of this environment."
+    return subprocess.Popen([BIN / command[0], *command[1:]], cwd=cwd, env={**os.environ, **env},
+                            encoding="utf-8", errors="replace", # a log may hold anything
+                            stdout=stdout, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+
+
 def run(*command, cwd=ROOT, **env):
     """Run a program of this environment, show what it prints as it comes, and return its exit status and text.
 
     It does not outlive this call, however that ends.
     """
-    process = subprocess.Popen([BIN / command[0], *command[1:]], cwd=cwd, env={**os.environ, **env},
-                               encoding="utf-8", errors="replace", # a log may hold anything
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-    lines = []
+    process, lines = start(*command, cwd=cwd, **env), []
     try:
         for line in process.stdout:
             print(line, end="", flush=True)
@@ -50,6 +54,26 @@ def run(*command, cwd=ROOT, **env):
         return process.wait(), "".join(lines)
     finally:
         if process.poll() is None: kill_tree(process.pid)
+
+
+class Beside:
+    "A program that runs beside the stages; they do not wait for it before its own."
+    def __init__(self, *command):
+        self.printed = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        self.process = start(*command, stdout=self.printed)
+
+    def result(self):
+        "Wait for it, show what it printed, and return its exit status and text."
+        try: status = self.process.wait()
+        finally:
+            self.end()
+            self.printed.seek(0)
+            text = self.printed.read()
+            print(text, end="", flush=True)
+        return status, text
+
+    def end(self):
+        if self.process.poll() is None: kill_tree(self.process.pid)
 
 
 @contextmanager
@@ -231,13 +255,22 @@ def experiments():
     return status == 0, f"{ran[1] if ran else 0} of {len(EXPERIMENTS)} experiments ran", *on_request
 
 
+SITE = []  # where the site is built while the experiments run: it takes one core, and for a part of its time
+
+
+def build_beside():
+    try: SITE.append(Beside("ucdm-docs", "build"))
+    except OSError: pass  # the stage itself says why
+
+
 def docs():
     "The site builds, and no link in it is broken."
-    status, text = run("ucdm-docs", "build")
+    begun = bool(SITE)
+    status, text = SITE.pop().result() if begun else run("ucdm-docs", "build")
     if status == 3:
         raise Skipped(text.strip().splitlines()[-1])
     found = re.search(r"\d+ pages, \d+ links", text)
-    return status == 0, found[0] if found else "no site"
+    return status == 0, (found[0] if found else "no site") + (", begun with the experiments" if begun else "")
 
 
 STAGES = [export, clean, house, notebooks, tests, experiments, docs]
@@ -272,12 +305,16 @@ def main():
     if unknown:
         sys.exit(f"no such stage: {', '.join(sorted(unknown))}; there are {', '.join(s.__name__ for s in STAGES)}")
     rows = []
-    for stage in (s for s in STAGES if s.__name__ in names):
-        print(f"\n==> {stage.__name__}: {stage.__doc__}", flush=True)
-        start = time.time()
-        result, detail, skipped = attempt(stage)
-        rows.append((stage.__name__, result, time.time() - start, detail, skipped))
-        print(f"<== {stage.__name__} {result} after {rows[-1][2]:.0f} s ({detail})", flush=True)
+    try:
+        for stage in (s for s in STAGES if s.__name__ in names):
+            print(f"\n==> {stage.__name__}: {stage.__doc__}", flush=True)
+            if stage is experiments and "docs" in names: build_beside()
+            began = time.time()
+            result, detail, skipped = attempt(stage)
+            rows.append((stage.__name__, result, time.time() - began, detail, skipped))
+            print(f"<== {stage.__name__} {result} after {rows[-1][2]:.0f} s ({detail})", flush=True)
+    finally:
+        while SITE: SITE.pop().end()
     print("", *summary(rows), sep="\n")
     sys.exit(any(row[1] == "failed" for row in rows))
 

@@ -155,3 +155,31 @@ def test_skips_are_named():
                              ("docs", "skipped", 1, "needs Python 3.11", ["needs Python 3.11"])])
     assert lines[2:] == ["", "skipped:", *(f"  tests: {line}" for line in skipped), "  docs: needs Python 3.11", "",
                          "stages: 1 passed, 0 failed, 1 skipped; 3 parts skipped"]
+
+
+def test_the_site_is_built_beside_the_experiments(monkeypatch, capsys):
+    "It is shown in its own stage, fails as it would there, and does not outlive what is stopped."
+    started, Beside = [], run_all.Beside
+    def program(code):
+        def start(*command):
+            started.append((command, Beside("python", "-c", code)))
+            return started[-1][1]
+        return start
+
+    def experiments(): return True, "all"
+    def interrupted(): raise KeyboardInterrupt
+    def ended(stage, code):
+        stage.__name__ = "experiments"
+        for name, value in dict(experiments=stage, STAGES=[stage, run_all.docs], Beside=program(code)).items():
+            monkeypatch.setattr(run_all, name, value)
+        with pytest.raises((SystemExit, KeyboardInterrupt)) as e: run_all.main()
+        return getattr(e.value, "code", None)
+
+    monkeypatch.setattr(sys, "argv", ["run_all.py"])
+    assert ended(experiments, "print('3 pages, 4 links')") == 0
+    printed = capsys.readouterr().out
+    assert printed.index("<== experiments") < printed.index("\n3 pages") and "s   3 pages, 4 links, begun with the experiments" in printed
+    assert ended(experiments, "import sys; print('a broken link'); sys.exit(1)") == 1
+    assert "a broken link" in capsys.readouterr().out
+    assert ended(interrupted, HANGS) is None and gone(started[-1][1].process.pid) and not run_all.SITE
+    assert [command for command, _ in started] == [("ucdm-docs", "build")] * 3

@@ -472,10 +472,10 @@ def test_out_of_memory_is_no_reason_not_to_compile():
     assert network.fast is not None
 
 
-def test_compile_without_a_compiler(tmp_path):
+def test_compile_without_a_compiler(folder, tmp_path):
     "Asked to compile where there is no C++ compiler, the prior goes on without, and without a word."
     code = "import torch\nfrom ucdm.diffusion.prior import load_prior\n" \
-        "prior = load_prior(device='cpu', dtype=torch.float32)\nx, text = torch.zeros(2, *prior.latent_shape), prior.embed(['', ''])\nplain = prior.predict(x, 1, text)\n" \
+        f"prior = load_prior({str(folder)!r}, device='cpu', dtype=torch.float32)\nx, text = torch.zeros(2, *prior.latent_shape), prior.embed(['', ''])\nplain = prior.predict(x, 1, text)\n" \
         "prior.compile()\nassert torch.allclose(prior.predict(x, 1, text), plain, atol=1e-4) and not prior.fixed_shapes"
     (broken := tmp_path / "broken").write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
     broken.chmod(0o755)
