@@ -288,7 +288,7 @@ def _in_all(plan: Plan, generation: float, training: float, # seconds in one pro
     from_nothing = not plan.kept and not any(pool.held for pool in plan.pools)
     more = {found.name for found in plan.dry_runs if found.more}
     takes = notebook_seconds(counted, expected, more, whole and from_nothing)
-    processes = jobs if default_device() == "cpu" else 1
+    processes = min(jobs, len(takes)) if default_device() == "cpu" else 1
     by = f" by {processes} processes" if processes > 1 else ""
     seconds = seconds_in_all([*takes.values()], processes)
     return f"in all             about {human_time(seconds)}{by}, with what notebooks do beside their runs"
