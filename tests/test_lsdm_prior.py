@@ -168,7 +168,7 @@ def test_located_from_any_folder(folder, monkeypatch):
 def test_planning_does_not_count_its_evaluations_as_those_of_a_unet(folder):
     from ucdm.batch.planning import _generation
     plan = SimpleNamespace(priors=[f"lsdm:{folder}"], evaluations=100)
-    assert "is no diffusion model" in _generation(plan, None)
+    assert "is no diffusion model" in _generation(plan, None)[0]
 
 
 def test_the_command_makes_pairs(folder, tmp_path):

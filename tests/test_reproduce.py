@@ -310,7 +310,9 @@ def test_on_request(project):
     assert (
         status == 0 and "1 of 1 notebooks done" in said and "1 more run on request" in said and "table_02  " not in said
     )
-    status, said, _ = batch(folder, "--only", "table_02")
+    status, said, _ = batch(folder, "--all")
+    assert status == 0 and "2 of 2 notebooks done (1 from before)" in said and "on request" not in said
+    status, said, _ = batch(folder, "--only", "table_02", "--fresh")
     assert status == 0 and "table_02  done" in said
     shutil.rmtree(folder / "out" / "notebooks")
     page = lambda: batch(folder, "--page")[0] == 0 and (folder / "out" / "index.html").read_text(encoding="utf-8")

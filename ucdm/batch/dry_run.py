@@ -182,6 +182,7 @@ def _stage(found: DryRun, real: bool): # the folder that results go to
         costs = {name: _ends(reason, found) for reason, names in COSTS.items() for name in names}
         stack.enter_context(replaced(costs))
         stack.callback(os.chdir, os.getcwd())
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
         yield nowhere
 
 # %% ../../nbs/batch/09_dry_run.ipynb #88d0f6cf

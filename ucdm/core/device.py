@@ -8,7 +8,9 @@ __all__ = ['process_group', 'default_device', 'computes_bfloat16', 'default_dtyp
 
 # %% ../../nbs/core/04_device.ipynb #7ea7083c
 import os, platform, shutil, sys
+from contextlib import nullcontext
 from functools import lru_cache
+from threading import Lock
 
 import torch
 from accelerate import PartialState
@@ -69,18 +71,24 @@ def is_out_of_memory(error: BaseException) -> bool:
 class compiled:
     """`torch.compile(module)`, and from its first failure on the module as it is.
 
-    OutOfMemoryError and the like are passed on.
+    Threads may call it: while one compiles for shapes that are new, the others wait. OutOfMemoryError and the like are
+    passed on.
     """
     def __init__(self, module: torch.nn.Module, **options): # of `torch.compile`
         compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
         works = torch.cuda.is_available() or shutil.which(compiler)
         self.module, self.fast = module, torch.compile(module, **options) if works else None
+        self.ready, self.compiling = set(), Lock()
 
     def __call__(self, *args, **kwargs):
         if self.fast is not None:
+            shapes = torch.get_num_threads(), *(getattr(x, "shape", None) for x in args)
             try:
-                with without_warnings(): # what the compiler thinks of other people's code
-                    return self.fast(*args, **kwargs)
+                # the compiler warns of other people's code
+                with without_warnings(), nullcontext() if shapes in self.ready else self.compiling:
+                    out = self.fast(*args, **kwargs)
+                self.ready.add(shapes)
+                return out
             except Exception as e:
                 if is_out_of_memory(e): raise
                 self.fast = None

@@ -11,6 +11,7 @@ __all__ = ['SIDE', 'app', 'plain_pairs', 'fused_attention', 'network_clock', 'ti
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Lock
 
 import pandas as pd
 import torch
@@ -83,15 +84,22 @@ def fused_attention(prior: Prior) -> Prior: # the same
 # %% ../../nbs/dev/03_bench.ipynb #2c3356fa
 @contextmanager
 def network_clock(prior: Prior):
-    "Yields a one-element list that collects the seconds spent in forward passes of the UNet and the autoencoder."
-    seconds, vae = [0.0], prior.pipe.vae
+    """Yields a one-element list that collects the seconds spent in forward passes of the UNet and the autoencoder.
+
+    Passes in several threads at the same time count once.
+    """
+    seconds, begun, vae, lock = [0.0], [], prior.pipe.vae, Lock()
     sync = torch.cuda.synchronize if torch.device(prior.device).type == "cuda" else lambda: None
     def timed(inner):
         def call(*args, **kwargs):
-            sync(); began = time.perf_counter()
-            out = inner(*args, **kwargs)
-            sync(); seconds[0] += time.perf_counter() - began
-            return out
+            sync()
+            with lock: begun.append(begun[0] if begun else time.perf_counter())
+            try: return inner(*args, **kwargs)
+            finally:
+                sync()
+                with lock:
+                    since = begun.pop()
+                    if not begun: seconds[0] += time.perf_counter() - since
         call.fast = getattr(inner, "fast", None) # a compiled network stays one
         return call
     unet = prior.unet
@@ -100,6 +108,7 @@ def network_clock(prior: Prior):
     finally:
         prior.unet = unet
         del vae.encode, vae.decode
+
 
 # %% ../../nbs/dev/03_bench.ipynb #f8d4e6ac
 def _rates(n: int, config: PairConfig, total: float, networks: float) -> dict:

@@ -23,6 +23,7 @@ from transformers import CLIPTextModel
 
 from ..core.device import choose_attention, compiled, default_device, default_dtype
 from ..core.files import ASSETS
+from ..core.parts import in_parts
 from ..core.remembered import remembered, signature
 from ..core.tensor_files import tensors_hash
 from ..data.images import to_float, to_uint8
@@ -187,7 +188,9 @@ def predict(self: Prior, x: Tensor, # latents float32 [B, *latent_shape]
     """
     x = x.to(self.device)
     steps = torch.full((len(x),), t, device=self.device)
-    out = self.unet(x.to(self.dtype, memory_format=torch.channels_last), steps, embeddings).sample.float()
+    network = lambda *given: self.unet(*given).sample.float()
+    given = x.to(self.dtype, memory_format=torch.channels_last), steps, embeddings
+    out = in_parts(network, *given, equal=self.fixed_shapes)
     if self.schedule.prediction_type == "epsilon": return out
     a = self.schedule.alpha_bar[t].item()
     return a**0.5 * out + (1 - a) ** 0.5 * x
